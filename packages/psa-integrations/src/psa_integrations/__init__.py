@@ -1,0 +1,1 @@
+"""Pyramid Sparse Attention."""
