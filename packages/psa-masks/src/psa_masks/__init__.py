@@ -1,1 +1,21 @@
-"""Pyramid Sparse Attention."""
+"""Multi-level masks for Pyramid Sparse Attention: levels, constraints, density and token order."""
+
+from psa_masks.__about__ import __version__
+from psa_masks.constraints import cap_by_similarity, keep_full, skip_to_mean
+from psa_masks.density import density
+from psa_masks.grid import VideoGrid
+from psa_masks.levels import levels_by_quota, levels_by_threshold
+from psa_masks.order import TokenOrder, cube_order
+
+__all__ = [
+    "TokenOrder",
+    "VideoGrid",
+    "__version__",
+    "cap_by_similarity",
+    "cube_order",
+    "density",
+    "keep_full",
+    "levels_by_quota",
+    "levels_by_threshold",
+    "skip_to_mean",
+]

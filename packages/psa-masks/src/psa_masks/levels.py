@@ -1,0 +1,88 @@
+"""Importance to levels: which resolution each query block reads each KV block at."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from psa_masks import checks
+
+
+def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full: float = 0.0) -> Tensor:
+    """Give the most important blocks of a row the finest levels, up to shares of the row's importance.
+
+    The blocks of a row are taken in order of falling score (equal scores: the earlier block first) and
+    their share of the row's sum is accumulated. A block gets the finest level t whose bound is not yet
+    used up: the shares before it add up to less than ``bounds[t - 1]``, or with its own to no more. The
+    block that crosses a bound therefore belongs to the finer side, and the kept blocks of a row hold at
+    least ``bounds[-1]`` of its importance. Blocks past the last bound are skipped.
+
+    The largest block of a row is level 1 whatever the bounds. A bound of 1 keeps all that is left, blocks
+    of score 0 too. A row of zeros says nothing about its blocks, so all of them are level 1.
+
+    Args:
+        importance: floating point ``[..., num_kv_blocks]``, finite and not negative (not checked: that
+            would wait for the device). Shares are computed in float32.
+        bounds: cumulative upper ends tau_1 .. tau_H of levels 1..H, 1 to 8 numbers in [0, 1] that do not
+            decrease. A level whose bound equals the one before it has an empty range.
+        min_full: at least ``ceil(num_kv_blocks * min_full)`` blocks of each row are level 1, in [0, 1].
+
+    Returns:
+        int8, shaped like ``importance``, on its device: 0 skipped, h in 1..H level h.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above.
+
+    The rule is section 3.2 of Pyramid Sparse Attention (arXiv 2512.04025), except that there the block
+    that crosses a bound goes to the coarser side, which can skip the most important block of all.
+    """
+    scores = checks.importance(importance)
+    ends = checks.bounds(bounds)
+    full = max(1, checks.share_of(scores.shape[-1], checks.real("min_full", min_full, 0.0, 1.0)))
+
+    ordered, blocks = scores.float().sort(dim=-1, descending=True, stable=True)
+    # Summed after sorting, so that the same scores in another order give the same shares to the last bit.
+    running = ordered.cumsum(dim=-1)
+    total = running[..., -1:]
+    upto = running / total
+    before = torch.cat([torch.zeros_like(upto[..., :1]), upto[..., :-1]], dim=-1)
+
+    by_rank = torch.ones_like(blocks, dtype=torch.int8)
+    for end in ends:
+        limit = end if end < 1.0 else math.inf  # shares may round to more than 1
+        kept = (before < limit) | (upto <= limit)
+        by_rank += ~kept
+    by_rank = torch.where(kept, by_rank, 0)
+    by_rank[..., :full] = 1
+    by_rank = torch.where(total > 0, by_rank, 1)
+    return torch.empty_like(by_rank).scatter_(-1, blocks, by_rank)
+
+
+def levels_by_quota(importance: Tensor, bounds: Sequence[float]) -> Tensor:
+    """Give the most important blocks of a row the finest levels, up to shares of the number of blocks.
+
+    In every row the ``ceil(num_kv_blocks * tau_1)`` blocks of highest score (equal scores: the earlier
+    block first) are level 1, those up to ``ceil(num_kv_blocks * tau_2)`` level 2, and so on; the rest is
+    skipped. At least one block is level 1. The density of the map is known before a score is.
+
+    Args:
+        importance: floating point ``[..., num_kv_blocks]``; only its order within a row matters.
+        bounds: cumulative shares tau_1 .. tau_H of the KV blocks, 1 to 8 numbers in [0, 1] that do not
+            decrease. A level whose bound equals the one before it gets no block.
+
+    Returns:
+        int8, shaped like ``importance``, on its device: 0 skipped, h in 1..H level h.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above.
+    """
+    scores = checks.importance(importance)
+    num_blocks = scores.shape[-1]
+    counts = [max(1, checks.share_of(num_blocks, end)) for end in checks.bounds(bounds)]
+
+    blocks = scores.argsort(dim=-1, descending=True, stable=True)
+    by_rank = torch.zeros(num_blocks, dtype=torch.int8, device=scores.device)
+    for level in range(len(counts), 0, -1):
+        by_rank[: counts[level - 1]] = level
+    return torch.empty_like(blocks, dtype=torch.int8).scatter_(-1, blocks, by_rank.expand_as(blocks))

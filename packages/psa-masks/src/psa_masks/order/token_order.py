@@ -1,0 +1,89 @@
+"""A permutation of a sequence that can be taken back."""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from psa_masks import checks
+from psa_masks.grid import VideoGrid
+
+
+class TokenOrder:
+    """An order of tokens and its exact inverse.
+
+    Args:
+        order: int64 ``[n]``, a permutation of 0..n-1; ``order[i]`` is the original index of the token that
+            comes i-th. The tensor is copied to the CPU.
+
+    Attributes:
+        order: the argument, on the CPU. Orders are shared between callers: don't write to it.
+        inverse: int64 ``[n]`` on the CPU; ``inverse[j]`` is the new place of original token j.
+
+    Raises:
+        TypeError, ValueError: ``order`` is no int64 permutation.
+    """
+
+    def __init__(self, order: Tensor) -> None:
+        if not isinstance(order, Tensor) or order.dtype != torch.int64:
+            raise TypeError(f"order must be an int64 tensor, got {getattr(order, 'dtype', order)!r}")
+        if order.ndim != 1:
+            raise ValueError(f"order must have shape [n], got {list(order.shape)}")
+        self.order = order.detach().to("cpu", copy=True)
+        places = torch.arange(len(self.order))
+        if not torch.equal(self.order.sort().values, places):
+            raise ValueError(f"order must hold each of 0..{len(places) - 1} once, got {order.tolist()[:16]}")
+        self.inverse = torch.empty_like(self.order).scatter_(0, self.order, places)
+        self._on_device: dict[tuple[torch.device, bool], Tensor] = {}
+
+    @classmethod
+    def identity(cls, length: int) -> Self:
+        """The order that leaves ``length`` tokens where they are."""
+        return cls(torch.arange(checks.integer("length", length, 0)))
+
+    @classmethod
+    def of_video(cls, grid: VideoGrid, video: Tensor) -> Self:
+        """The order of a grid's whole sequence from one of its video tokens; text stays where it is.
+
+        Args:
+            grid: the sequence.
+            video: int64 ``[grid.video_len]``, a permutation of the video tokens counted from 0.
+        """
+        order = torch.arange(grid.seq_len)
+        start, stop = grid.video_range
+        order[start:stop] = video + start
+        return cls(order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __repr__(self) -> str:
+        return f"TokenOrder({len(self)} tokens)"
+
+    def apply(self, x: Tensor, dim: int) -> Tensor:
+        """``x`` with the tokens along ``dim`` in this order; a new tensor on ``x``'s device.
+
+        Raises:
+            ValueError: ``x`` has not as many tokens along ``dim`` as the order.
+        """
+        return self._select(x, dim, inverse=False)
+
+    def undo(self, x: Tensor, dim: int) -> Tensor:
+        """``x`` with the tokens along ``dim`` back in their original order: ``undo(apply(x)) == x``.
+
+        Raises:
+            ValueError: ``x`` has not as many tokens along ``dim`` as the order.
+        """
+        return self._select(x, dim, inverse=True)
+
+    def _select(self, x: Tensor, dim: int, *, inverse: bool) -> Tensor:
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"dim must be an axis of x with shape {list(x.shape)}, got {dim}")
+        if x.shape[dim] != len(self):
+            raise ValueError(f"x must have {len(self)} tokens along dim {dim}, got shape {list(x.shape)}")
+        key = (x.device, inverse)
+        index = self._on_device.get(key)
+        if index is None:
+            index = (self.inverse if inverse else self.order).to(x.device)
+            self._on_device[key] = index
+        return x.index_select(dim, index)
