@@ -1,1 +1,20 @@
-"""Pyramid Sparse Attention."""
+"""Raw operators of Pyramid Sparse Attention: multi-resolution block-sparse attention and what feeds it."""
+
+from psa_kernels.__about__ import __version__
+from psa_kernels.block_importance import block_importance
+from psa_kernels.key_similarity import key_similarity
+from psa_kernels.layout import BlockLayout
+from psa_kernels.plan import LevelPlan
+from psa_kernels.pyramid_attention import pyramid_attention
+from psa_kernels.pyramid_pool import Pyramid, pool_pyramid
+
+__all__ = [
+    "BlockLayout",
+    "LevelPlan",
+    "Pyramid",
+    "__version__",
+    "block_importance",
+    "key_similarity",
+    "pool_pyramid",
+    "pyramid_attention",
+]

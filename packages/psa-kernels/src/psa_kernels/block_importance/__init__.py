@@ -1,0 +1,5 @@
+"""How much each query block has to read of each KV block."""
+
+from psa_kernels.block_importance.api import block_importance
+
+__all__ = ["block_importance"]

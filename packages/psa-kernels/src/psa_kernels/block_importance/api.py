@@ -1,0 +1,86 @@
+"""``block_importance``: scores that level decisions are made from."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from psa_kernels import checks
+from psa_kernels.block_importance.ops import block_importance_op
+from psa_kernels.block_importance.sampling import KEY_STREAM, QUERY_STREAM, sample_positions
+
+
+def block_importance(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_q: int,
+    block_kv: int,
+    samples_q: int,
+    samples_kv: int,
+    method: str = "sampled",
+    reduction: str = "max",
+    is_causal: bool = False,
+    kv_lengths: Tensor | None = None,
+    scale: float | None = None,
+    seed: int = 0,
+    impl: str | None = None,
+) -> Tensor:
+    """Score block pairs by attention between sampled tokens.
+
+    ``samples_q`` tokens of each query block and ``samples_kv`` of each KV block are drawn, one from each of as many
+    strata (all tokens of a block with fewer). The sampled queries attend by softmax to all sampled keys, and a
+    block pair scores the maximum or the mean over its sampled token pairs. The draw is a pure function of ``seed``:
+    equal on every device and implementation, and no random state is touched.
+    Source: Pyramid Sparse Attention (arXiv 2512.04025), block importance for video generation.
+
+    Args:
+        query: ``[B, H, q_len, D]``, float16, bfloat16, float32 or float64, any strides.
+        key: ``[B, H_kv, kv_len, D]``, H a multiple of H_kv.
+        block_q, block_kv: tokens a block covers, powers of two.
+        samples_q, samples_kv: tokens drawn from a block, at most the block.
+        method: ``"sampled"``.
+        reduction: ``"max"`` or ``"mean"`` over the sampled pairs of a block pair.
+        is_causal: a sampled query sees sampled keys up to its own position, the last query at the last key. A
+            query that sees none scores 0.
+        kv_lengths: int32 or int64 ``[B]``, how many keys of each sample exist; None is all. Blocks past it score 0.
+        scale: of the logits; None is ``1/sqrt(D)``.
+        seed: an integer that names the draw.
+        impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU, torch elsewhere.
+
+    Returns:
+        float32 ``[B, H, num_q_blocks, num_kv_blocks]``, at least 0 (float64 for float64 inputs). No gradient
+        flows through it.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above.
+    """
+    checks.query_and_key(query, key)
+    for name, block, samples in (("q", block_q, samples_q), ("kv", block_kv, samples_kv)):
+        checks.power_of_two(f"block_{name}", block)
+        checks.positive_int(f"samples_{name}", samples)
+        if samples > block:
+            raise ValueError(f"samples_{name} must be at most block_{name} {block}, got {samples}")
+    checks.choice("method", method, ("sampled",))
+    checks.choice("reduction", reduction, ("max", "mean"))
+    checks.lengths(kv_lengths, query.shape[0], query.device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__} {seed!r}")
+    checks.causal(is_causal, query.shape[2], key.shape[2])
+
+    q_len, kv_len = query.shape[2], key.shape[2]
+    all_queries = torch.full((1,), q_len, device=query.device)
+    keys = torch.full((1,), kv_len, device=query.device) if kv_lengths is None else kv_lengths.long().clamp(max=kv_len)
+    q_positions = sample_positions(all_queries, -(-q_len // block_q), block_q, samples_q, seed, QUERY_STREAM)
+    kv_positions = sample_positions(keys, -(-kv_len // block_kv), block_kv, samples_kv, seed, KEY_STREAM)
+    importance: Tensor = block_importance_op(
+        query.detach(),
+        key.detach(),
+        q_positions,
+        kv_positions,
+        reduction,
+        is_causal,
+        1 / math.sqrt(query.shape[3]) if scale is None else float(scale),
+        checks.resolve_impl(impl, query),
+    )
+    return importance

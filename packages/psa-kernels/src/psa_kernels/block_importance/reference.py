@@ -1,0 +1,30 @@
+"""Dense: one softmax over all sampled keys of a head."""
+
+import torch
+from torch import Tensor
+
+from psa_kernels.block_importance.ops import importance_dtype
+
+
+def forward(
+    query: Tensor, key: Tensor, q_positions: Tensor, kv_positions: Tensor, reduction: str, is_causal: bool, scale: float
+) -> Tensor:
+    batch, heads, q_len, _ = query.shape
+    kv_len, group = key.shape[2], heads // key.shape[1]
+    blocks = (q_positions.shape[1], q_positions.shape[2], kv_positions.shape[1], kv_positions.shape[2])
+    out = []
+    for b in range(batch):
+        rows = q_positions[0].flatten().long()
+        columns = kv_positions[b % kv_positions.shape[0]].flatten().long()
+        exists = (rows >= 0)[:, None] & (columns >= 0)[None, :]
+        seen = exists & (columns[None, :] <= rows[:, None] + kv_len - q_len) if is_causal else exists
+        for h in range(heads):
+            sampled_q, sampled_k = query[b, h, rows.clamp(min=0)], key[b, h // group, columns.clamp(min=0)]
+            logits = (sampled_q @ sampled_k.T * scale).to(importance_dtype(query)).masked_fill(~seen, -torch.inf)
+            weights = logits.softmax(dim=-1).masked_fill(~seen, 0).reshape(blocks)
+            if reduction == "max":
+                out.append(weights.amax(dim=(1, 3)))
+            else:
+                pairs = exists.reshape(blocks).sum(dim=(1, 3))
+                out.append(weights.sum(dim=(1, 3)) / pairs.clamp(min=1))
+    return torch.stack(out).reshape(batch, heads, blocks[0], blocks[2])

@@ -1,0 +1,46 @@
+"""Which tokens of a block are sampled: stratified, and a pure function of seed, block and slot.
+
+A counter-based hash takes the place of a random generator: it gives the same tokens on every device, and no
+random state, ours or the caller's, exists to be moved.
+"""
+
+import torch
+from torch import Tensor
+
+QUERY_STREAM, KEY_STREAM = 1, 2
+_WORD = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit mixing function: xor-shifts and odd multipliers, on int64 so that nothing overflows."""
+    x = (x ^ (x >> 16)) * 0x45D9F3B & _WORD
+    x = (x ^ (x >> 15)) * 0x2C1B3C6D & _WORD
+    return x ^ (x >> 16)
+
+
+def sample_positions(
+    lengths: Tensor, num_blocks: int, block: int, samples: int, seed: int, stream: int
+) -> Tensor:
+    """Token positions sampled in each block.
+
+    A block of n tokens is cut into ``samples`` strata as equal as whole tokens allow, and one token is drawn from
+    each: all are distinct, and with ``n <= samples`` every token is taken.
+
+    Args:
+        lengths: int64 ``[B]`` (or ``[1]`` for all samples alike): tokens that exist.
+        num_blocks, block: how the sequence is cut.
+        samples: tokens to draw from each block.
+        seed, stream: name the draw; query and key streams differ.
+
+    Returns:
+        int32 ``[B, num_blocks, samples]`` on the device of ``lengths``; -1 where a stratum is empty.
+    """
+    device = lengths.device
+    first = torch.arange(num_blocks, device=device)[:, None] * block
+    slot = torch.arange(samples, device=device)
+    count = (lengths[:, None, None] - first).clamp(0, block)
+    low, high = slot * count // samples, (slot + 1) * count // samples
+    key = _mix(torch.full((), (seed * 4 + stream) & _WORD, dtype=torch.int64, device=device))
+    draw = _mix(_mix((first // block + key) & _WORD) ^ (slot * 0x9E3779B1 & _WORD))
+    position = first + low + (draw * (high - low) >> 32)
+    return position.where(high > low, -1).to(torch.int32)

@@ -1,0 +1,37 @@
+"""A few query blocks at a time, so that memory stays bounded."""
+
+import torch
+from torch import Tensor
+
+from psa_kernels.block_importance.ops import importance_dtype
+
+_LOGITS_AT_ONCE = 1 << 23
+
+
+def forward(
+    query: Tensor, key: Tensor, q_positions: Tensor, kv_positions: Tensor, reduction: str, is_causal: bool, scale: float
+) -> Tensor:
+    batch, heads, q_len, _ = query.shape
+    kv_len, group = key.shape[2], heads // key.shape[1]
+    dtype = importance_dtype(query)
+    rows = q_positions[0].long()  # [num_q_blocks, samples_q]
+    num_kv_blocks, samples_kv = kv_positions.shape[1:]
+    out = torch.empty((batch, heads, rows.shape[0], num_kv_blocks), dtype=dtype, device=query.device)
+    step = max(1, _LOGITS_AT_ONCE // (rows.shape[1] * num_kv_blocks * samples_kv))
+    for b in range(batch):
+        columns = kv_positions[b % kv_positions.shape[0]].flatten().long()
+        for h in range(heads):
+            sampled_k = key[b, h // group, columns.clamp(min=0)].to(dtype)
+            for first in range(0, rows.shape[0], step):
+                row = rows[first : first + step].flatten()
+                logits = (query[b, h, row.clamp(min=0)].to(dtype) * scale) @ sampled_k.T
+                hidden = (row < 0)[:, None] | (columns < 0)[None, :]
+                if is_causal:
+                    hidden |= columns[None, :] > row[:, None] + kv_len - q_len
+                weights = logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1).masked_fill_(hidden, 0)
+                weights = weights.view(-1, rows.shape[1], num_kv_blocks, samples_kv)
+                out[b, h, first : first + step] = weights.amax((1, 3)) if reduction == "max" else weights.sum((1, 3))
+        if reduction == "mean":
+            pairs = (rows >= 0).sum(-1)[:, None] * (columns.view(num_kv_blocks, -1) >= 0).sum(-1)
+            out[b] /= pairs.clamp(min=1)
+    return out

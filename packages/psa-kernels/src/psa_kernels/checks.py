@@ -1,0 +1,112 @@
+"""Argument checks shared by all operators: each error says the argument, the rule and what came."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_BLOCK = 256
+IMPLS = ("triton", "torch", "reference")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def power_of_two(name: str, value: int) -> None:
+    positive_int(name, value)
+    if value & (value - 1) or value > MAX_BLOCK:
+        raise ValueError(f"{name} must be a power of two of at most {MAX_BLOCK}, got {value}")
+
+
+def level_count(num_levels: int, block_kv: int) -> None:
+    positive_int("num_levels", num_levels)
+    if num_levels > block_kv.bit_length():
+        raise ValueError(
+            f"num_levels must be at most log2(block_kv) + 1 = {block_kv.bit_length()}, where a block is one row, "
+            f"got {num_levels} with block_kv {block_kv}"
+        )
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def resolve_impl(impl: str | None, tensor: Tensor) -> str:
+    """The implementation to run: as named, else Triton on a GPU and torch elsewhere."""
+    if impl is None:
+        return "triton" if tensor.device.type == "cuda" else "torch"
+    choice("impl", impl, IMPLS)
+    return impl
+
+
+def sequence(name: str, x: Tensor) -> None:
+    """``x`` is a floating-point ``[B, H, L, D]`` tensor with no empty dimension."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have shape [B, H, L, D], got {list(x.shape)}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if 0 in x.shape:
+        raise ValueError(f"{name} must have no empty dimension, got {list(x.shape)}")
+
+
+def same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """``x`` lies on the device of ``other`` and has its dtype."""
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {x.device}")
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {x.dtype}")
+
+
+def query_and_key(query: Tensor, key: Tensor) -> None:
+    """Shapes of ``query`` ``[B, H, q_len, D]`` and ``key`` ``[B, H_kv, kv_len, D]`` go together."""
+    sequence("query", query)
+    sequence("key", key)
+    same("key", key, "query", query)
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"key must have query's batch size {query.shape[0]}, got {key.shape[0]}")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key must have query's head_dim {query.shape[3]}, got {key.shape[3]}")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"key's heads must divide query's (grouped-query attention), got {key.shape[1]} for {query.shape[1]}"
+        )
+
+
+def lengths(kv_lengths: Tensor | None, batch: int, device: torch.device) -> None:
+    """``kv_lengths`` is None or an integer tensor ``[B]`` on ``device``; its values stay unread."""
+    if kv_lengths is None:
+        return
+    if not isinstance(kv_lengths, Tensor):
+        raise TypeError(f"kv_lengths must be an integer tensor [B], got {type(kv_lengths).__name__}")
+    if kv_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"kv_lengths must be int32 or int64, got {kv_lengths.dtype}")
+    if tuple(kv_lengths.shape) != (batch,):
+        raise ValueError(f"kv_lengths must have shape [{batch}], one length a sample, got {list(kv_lengths.shape)}")
+    if kv_lengths.device != device:
+        raise ValueError(f"kv_lengths must be on query's device {device}, got {kv_lengths.device}")
+
+
+def no_grad_needed(what: str, *tensors: Tensor) -> None:
+    """The operator has no backward pass, so a tensor that wants one is refused rather than cut off in silence."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError(
+            f"{what} differentiates only with impl='reference': call it under torch.no_grad(), "
+            "or pass tensors that do not require grad"
+        )
+
+
+def causal(is_causal: bool, q_len: int, kv_len: int) -> None:
+    """Causal attention puts the last query at the last key, so there are at least as many keys as queries."""
+    if is_causal and q_len > kv_len:
+        raise ValueError(
+            "is_causal aligns the last query with the last key, so q_len must not exceed kv_len, "
+            f"got q_len {q_len} and kv_len {kv_len}"
+        )

@@ -1,0 +1,1 @@
+"""Level maps sorted into the work list of :class:`psa_kernels.LevelPlan`."""

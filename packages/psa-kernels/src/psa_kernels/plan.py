@@ -1,0 +1,104 @@
+"""The sparse format: a level map as the list of blocks that each query block reads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psa_kernels import checks
+from psa_kernels.layout import BlockLayout, pool_size
+from psa_kernels.level_plan.ops import level_plan
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """Which KV blocks each query block reads at which level, ready for the kernels.
+
+    For sample b, head h and query block i the plan stands for the loop ::
+
+        for level in range(1, layout.num_levels + 1):
+            for slot in range(offsets[b, h, i, level - 1], offsets[b, h, i, level]):
+                read block indices[b, h, i, slot] at this level
+
+    so entries are sorted by level, then by position, and skipped blocks have none. Entries of ``indices`` past
+    ``offsets[..., -1]`` mean nothing. With ``layout.is_causal`` the plan holds what is executed, see
+    :meth:`BlockLayout.executed_levels`.
+
+    Attributes:
+        indices: int32 ``[B, H, num_q_blocks, num_kv_blocks]``.
+        offsets: int32 ``[B, H, num_q_blocks, num_levels + 1]``.
+        layout: lengths, block sizes and level count.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    layout: BlockLayout
+
+    @classmethod
+    def from_levels(cls, levels: Tensor, layout: BlockLayout, *, impl: str | None = None) -> "LevelPlan":
+        """Sort a level map into a plan, on its own device and without waiting for it.
+
+        Args:
+            levels: int8 ``[B, H, num_q_blocks, num_kv_blocks]``; 0 skips a block, h reads it at level h.
+            layout: what the map's blocks cover.
+            impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU, torch elsewhere.
+
+        Raises:
+            TypeError: ``levels`` is not an int8 tensor.
+            ValueError: its shape does not fit the layout, or, on the CPU, a value is outside
+                ``0..num_levels``. A GPU map is not looked at: values outside count as 0.
+        """
+        check_levels(levels, layout)
+        executed = layout.executed_levels(levels)
+        indices, offsets = level_plan(executed, layout.num_levels, checks.resolve_impl(impl, levels))
+        return cls(indices, offsets, layout)
+
+    def to_levels(self) -> Tensor:
+        """The map as int8 ``[B, H, num_q_blocks, num_kv_blocks]``; what ``from_levels`` was given, or with a
+        causal layout what is executed of it."""
+        num_kv_blocks = self.layout.num_kv_blocks
+        slot = torch.arange(num_kv_blocks, device=self.indices.device)
+        level = (slot[:, None] >= self.offsets[..., None, 1:]).sum(dim=-1) + 1
+        # Slots past the end go to a spare column.
+        block = self.indices.to(torch.int64).where(level <= self.layout.num_levels, num_kv_blocks)
+        levels = level.new_zeros((*level.shape[:-1], num_kv_blocks + 1), dtype=torch.int8)
+        return levels.scatter(-1, block, level.to(torch.int8))[..., :-1]
+
+    def density(self) -> Tensor:
+        """Executed work over dense work, float32 ``[B, H]`` in [0, 1].
+
+        Work is query tokens times rows read, so short blocks count by their size; under a causal layout dense
+        work is that of the block pairs with anything to see.
+        """
+        layout, device = self.layout, self.indices.device
+        levels = self.to_levels().to(torch.int64)
+        q_sizes, kv_sizes = layout.q_sizes().to(device), layout.kv_sizes().to(device)
+        rows = torch.stack(
+            [torch.zeros_like(kv_sizes)]
+            + [-(-kv_sizes // pool_size(level)) for level in range(1, layout.num_levels + 1)]
+        )  # [num_levels + 1, num_kv_blocks]
+        read = rows[levels, torch.arange(layout.num_kv_blocks, device=device)].sum(dim=-1)
+        dense = layout.visible(device).to(torch.int64) @ kv_sizes
+        return ((read * q_sizes).sum(-1).double() / (dense * q_sizes).sum().double()).float()
+
+    def __repr__(self) -> str:
+        batch, heads, num_q_blocks, num_kv_blocks = self.indices.shape
+        return (
+            f"LevelPlan(batch={batch}, heads={heads}, q_blocks={num_q_blocks}, kv_blocks={num_kv_blocks}, "
+            f"num_levels={self.layout.num_levels}, device={str(self.indices.device)!r})"
+        )
+
+
+def check_levels(levels: Tensor, layout: BlockLayout) -> None:
+    """``levels`` is an int8 map whose last two dimensions fit ``layout``."""
+    if not isinstance(levels, Tensor):
+        raise TypeError(f"levels must be an int8 tensor or a LevelPlan, got {type(levels).__name__}")
+    if levels.dtype != torch.int8:
+        raise TypeError(f"levels must be int8, got {levels.dtype}")
+    expected = (layout.num_q_blocks, layout.num_kv_blocks)
+    if levels.dim() != 4 or tuple(levels.shape[2:]) != expected:
+        raise ValueError(
+            f"levels must have shape [B, H, {expected[0]}, {expected[1]}] (num_q_blocks, num_kv_blocks) for "
+            f"q_len {layout.q_len}, kv_len {layout.kv_len} and blocks {layout.block_q}/{layout.block_kv}, "
+            f"got {list(levels.shape)}"
+        )

@@ -1,0 +1,57 @@
+"""Tile sizes, warps and pipeline stages as data, chosen by what a device has."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of the forward kernel works on at a time.
+
+    Attributes:
+        tile_m: query tokens.
+        tile_n: rows of keys and values.
+        num_warps, num_stages: of the launch.
+    """
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+
+    def shared_memory(self, head_dim: int, element_size: int) -> int:
+        """Bytes of shared memory the tiles take: the queries once, keys and values once a stage."""
+        return (self.tile_m + 2 * self.num_stages * self.tile_n) * head_dim * element_size
+
+
+# Best first. Half precision runs on tensor cores; float32 in full precision does not, and holds less in registers.
+_HALF = (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1))
+_FLOAT = (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+
+
+def choose_tile(*, block_q: int, head_dim: int, dtype: torch.dtype, shared_memory: int) -> Tile:
+    """The best tile that fits a device.
+
+    Args:
+        block_q: query tokens of a block; a tile never covers more than one block.
+        head_dim: rounded up to a power of two.
+        dtype: of queries, keys and values.
+        shared_memory: bytes a program may have.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    candidates = _FLOAT if dtype == torch.float32 else _HALF
+    for tile in candidates:
+        if tile.shared_memory(head_dim, dtype.itemsize) <= shared_memory:
+            return Tile(min(tile.tile_m, max(16, block_q)), tile.tile_n, tile.num_warps, tile.num_stages)
+    raise ValueError(f"no tile for head_dim {head_dim} in {dtype} fits {shared_memory} bytes of shared memory")
+
+
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory a program may have on ``device``; the interpreter on the CPU has no limit of its own
+    and is given that of an sm_90."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

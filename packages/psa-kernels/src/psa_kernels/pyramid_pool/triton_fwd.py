@@ -1,0 +1,87 @@
+"""Pooling in one pass: a program reads a run of tokens once and writes its rows of every level."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_kernels.layout import num_rows, pool_size
+from psa_kernels.triton_device import on_device
+
+_DIM_TILE = 64
+
+
+@triton.jit(do_not_specialize=["num_heads", "kv_len", "rows_total", "num_runs", "num_dim_tiles"])
+def _pool_kernel(
+    x_ptr,
+    pooled_ptr,
+    kv_lengths_ptr,
+    x_strides,
+    num_heads,
+    kv_len,
+    head_dim,
+    rows_total,
+    num_runs,
+    num_dim_tiles,
+    HAS_LENGTHS: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    RUN: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    dim_tile = pid % num_dim_tiles
+    run = pid // num_dim_tiles % num_runs
+    head = pid // (num_dim_tiles * num_runs) % num_heads
+    batch = pid // (num_dim_tiles * num_runs * num_heads)
+    end = kv_len
+    if HAS_LENGTHS:
+        end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch).to(tl.int32))
+
+    token = run * RUN + tl.arange(0, RUN)
+    dim = dim_tile * DIM_TILE + tl.arange(0, DIM_TILE)
+    in_dim = dim < head_dim
+    x_ptr += batch * x_strides[0] + head * x_strides[1]
+    offset = token[:, None] * x_strides[2] + dim[None, :].to(tl.int64) * x_strides[3]
+    x = tl.load(x_ptr + offset, mask=(token < end)[:, None] & in_dim[None, :], other=0.0)  # [RUN, DIM_TILE]
+    sums = x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
+
+    pooled_ptr += (batch * num_heads + head) * rows_total * head_dim
+    for level in tl.static_range(2, NUM_LEVELS + 1):
+        pool: tl.constexpr = 1 << (level - 1)
+        rows: tl.constexpr = RUN // pool
+        sums = tl.sum(tl.reshape(sums, (rows, 2, DIM_TILE)), axis=1)
+        row = run * rows + tl.arange(0, rows)
+        level_rows = (kv_len + pool - 1) // pool
+        count = tl.minimum(tl.maximum(end - row * pool, 1), pool)
+        mean = sums / count[:, None].to(sums.dtype)
+        mask = (row < level_rows)[:, None] & in_dim[None, :]
+        tl.store(pooled_ptr + row[:, None] * head_dim + dim[None, :], mean.to(x.dtype), mask=mask)
+        pooled_ptr += level_rows.to(tl.int64) * head_dim
+
+
+def forward(x: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
+    batch, heads, kv_len, head_dim = x.shape
+    rows_total = sum(num_rows(kv_len, level) for level in range(2, num_levels + 1))
+    pooled = x.new_empty((batch, heads, rows_total, head_dim))
+    if num_levels == 1:
+        return pooled
+    run = max(32, pool_size(num_levels))
+    num_runs = triton.cdiv(kv_len, run)
+    num_dim_tiles = triton.cdiv(head_dim, _DIM_TILE)
+    with on_device(x):
+        _pool_kernel[(batch * heads * num_runs * num_dim_tiles,)](
+            x,
+            pooled,
+            kv_lengths,
+            x.stride(),
+            heads,
+            kv_len,
+            head_dim,
+            rows_total,
+            num_runs,
+            num_dim_tiles,
+            HAS_LENGTHS=kv_lengths is not None,
+            NUM_LEVELS=num_levels,
+            RUN=run,
+            DIM_TILE=_DIM_TILE,
+        )
+    return pooled

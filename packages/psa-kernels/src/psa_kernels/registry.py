@@ -1,0 +1,47 @@
+"""Registration with torch.library, so that the operators survive torch.compile and CUDA graphs whole.
+
+An operator's folder holds one module an implementation, each with a function ``forward`` of the operator's
+signature. They are imported when the operator runs: importing the package needs neither Triton nor a GPU.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("psa_kernels", "DEF")
+_MODULES = {"reference": "reference", "torch": "torch_impl", "triton": "triton_fwd"}
+
+
+def implementation(package: str, impl: str) -> Callable[..., Any]:
+    """``forward`` of implementation ``impl`` of the operator in ``package``."""
+    forward: Callable[..., Any] = importlib.import_module(f"{package}.{_MODULES[impl]}").forward
+    return forward
+
+
+def register(package: str, signature: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define the operator ``psa_kernels::<signature>``, whose last argument is ``str impl``.
+
+    Args:
+        package: the operator's folder as a dotted name.
+        signature: name, arguments without ``impl`` and results, in the schema language of torch.library.
+        fake: shapes and dtypes of the results, from the same arguments without ``impl``.
+
+    Returns:
+        The operator, to be called with positional arguments, ``impl`` last.
+    """
+    head, results = signature.split(" -> ")
+    name = head.partition("(")[0]
+    _LIBRARY.define(f"{head[:-1]}, str impl) -> {results}")
+
+    def run(*args: Any) -> Any:
+        return implementation(package, args[-1])(*args[:-1])
+
+    def run_fake(*args: Any) -> Any:
+        return fake(*args[:-1])
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"psa_kernels::{name}", run_fake, lib=_LIBRARY)
+    operator: Callable[..., Any] = getattr(torch.ops.psa_kernels, name).default
+    return operator
