@@ -1,0 +1,85 @@
+"""The one exception of this package, and the words its messages are made of."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+Path = tuple[str | int, ...]
+"""Keys and list indices from the top of a file down to one value."""
+
+_LONGEST_QUOTE = 60
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a preset file; lines and columns count from 1.
+
+    `line` and `column` are None where no place in the text is meant: a file that cannot be read, or a name
+    asked of a `PresetBook` that it does not hold.
+    """
+
+    file: str
+    line: int | None
+    column: int | None
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}:{self.column}"
+        return f"{place}: {self.path}: {self.message}" if self.path else f"{place}: {self.message}"
+
+
+class PresetError(ValueError):
+    """A preset file, or a name looked up in one, is wrong.
+
+    `errors` holds every problem found, in the order of the file; `str()` gives one line for each.
+    """
+
+    errors: tuple[Problem, ...]
+
+    def __init__(self, errors: Iterable[Problem]) -> None:
+        self.errors = tuple(sorted(errors, key=lambda problem: (problem.line or 0, problem.column or 0)))
+        super().__init__("\n".join(map(str, self.errors)))
+
+    def __reduce__(self) -> tuple[type["PresetError"], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.errors,)
+
+
+def quote(text: str) -> str:
+    """The text between double quotes: on one line, printable and cut short."""
+    shown = text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 1] + "…"
+    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) + '"'
+
+
+def path_text(path: Path) -> str:
+    """`("a", "b", 0)` as `a.b[0]`."""
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            text += ("." if text else "") + quote(step)[1:-1]
+    return text
+
+
+def any_of(choices: Sequence[str]) -> str:
+    """The choices as `a, b or c`."""
+    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like this one, or None; case, `-` and `_` do not count."""
+    folded = {_fold(name): name for name in known}
+    matches = difflib.get_close_matches(_fold(word), folded, n=1)
+    return folded[matches[0]] if matches else None
+
+
+def unknown(word: str, known: Sequence[str]) -> str:
+    """`expected "a" or "b"`, with `, did you mean "a"?` where one is close to the word."""
+    guess = closest(word, known)
+    hint = f", did you mean {quote(guess)}?" if guess is not None else ""
+    return f"expected {any_of([quote(name) for name in known])}{hint}"
+
+
+def _fold(word: str) -> str:
+    return word.casefold().replace("-", "_")

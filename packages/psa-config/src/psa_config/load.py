@@ -1,0 +1,137 @@
+"""Preset files to books of presets."""
+
+import codecs
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+
+from pydantic import ValidationError
+
+from .errors import PresetError, Problem, path_text, quote, unknown
+from .explain import explain
+from .models import PRESET_FILE, ModelPresets, Preset
+from .positions import Node, parse
+
+
+@dataclass(frozen=True)
+class PresetBook:
+    """Presets by model. Names are matched exactly; a near miss is answered with the name it is nearest to."""
+
+    source: str
+    """Where the presets were read from."""
+    _entries: Mapping[str, ModelPresets]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models."""
+        return tuple(self._entries)
+
+    def presets(self, model: str) -> tuple[str, ...]:
+        """The names of a model's presets.
+
+        Raises:
+            PresetError: if the book does not hold the model.
+        """
+        return tuple(self._entry(model).attention_configs)
+
+    def get(self, model: str, preset: str | None = None) -> Preset:
+        """The named preset of a model, or its `default_attention`.
+
+        Raises:
+            PresetError: if the book does not hold the model, or the model not the preset.
+        """
+        entry = self._entry(model)
+        name = entry.default_attention if preset is None else preset
+        if name not in entry.attention_configs:
+            self._refuse(path_text((model,)), f"no preset {quote(name)}", name, self.presets(model))
+        return Preset(
+            model=model,
+            name=name,
+            text_length=entry.text_length,
+            video_scale=entry.video_scale,
+            attention=entry.attention_configs[name],
+        )
+
+    def _entry(self, model: str) -> ModelPresets:
+        if model not in self._entries:
+            self._refuse("", f"no model {quote(model)}", model, self.models)
+        return self._entries[model]
+
+    def _refuse(self, path: str, what: str, name: str, known: tuple[str, ...]) -> None:
+        raise PresetError([Problem(self.source, None, None, path, f"{what}, {unknown(name, known)}")])
+
+
+def load_presets(path: str | os.PathLike[str] | None = None) -> PresetBook:
+    """The presets of one YAML file, or the shipped ones.
+
+    A file stands for itself: nothing of the shipped presets is added to it.
+
+    Raises:
+        PresetError: with everything that is wrong with the file.
+    """
+    if path is None:
+        return _shipped()
+    file = pathlib.Path(path)
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PresetError([Problem(str(file), None, None, "", f"cannot be read: {reason}")]) from error
+    return PresetBook(str(file), MappingProxyType(_read(data, str(file))))
+
+
+@cache
+def _shipped() -> PresetBook:
+    folder = resources.files("psa_config") / "presets"
+    entries: dict[str, ModelPresets] = {}
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        entries.update(_read(file.read_bytes(), str(file)))
+    return PresetBook(str(folder), MappingProxyType(entries))
+
+
+def _read(data: bytes, file: str) -> dict[str, ModelPresets]:
+    node, problems = parse(_decode(data, file), file)
+    if node is None or node.value is None:
+        empty = Problem(file, 1, 1, "", "the file is empty, expected a mapping of models")
+        raise PresetError([*problems, empty])
+    problems += _wrong_defaults(node, file)
+    try:
+        entries = PRESET_FILE.validate_python(node.plain())
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            problems += explain(details, node, file)
+    if problems:
+        raise PresetError(problems)
+    return entries
+
+
+def _decode(data: bytes, file: str) -> str:
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        lines = data[: error.start].split(b"\n")
+        column = len(lines[-1].decode()) + 1
+        message = f"byte 0x{data[error.start]:02x} is not UTF-8, expected a file in UTF-8"
+        raise PresetError([Problem(file, len(lines), column, "", message)]) from error
+
+
+def _wrong_defaults(root: Node, file: str) -> list[Problem]:
+    """Checked on the nodes, so that a mistake inside a preset does not hide one in the default's name."""
+    problems = []
+    for model, entry in root.value.items() if isinstance(root.value, dict) else ():
+        fields = entry.node.value
+        if not isinstance(fields, dict) or not {"default_attention", "attention_configs"} <= fields.keys():
+            continue
+        default, configs = fields["default_attention"].node, fields["attention_configs"].node
+        if isinstance(default.value, str) and isinstance(configs.value, dict) and configs.value:
+            if default.value in configs.value:
+                continue
+            message = f"no preset {quote(default.value)}, {unknown(default.value, list(configs.value))}"
+            path = path_text((model, "default_attention"))
+            problems.append(Problem(file, *default.position, path, message))
+    return problems

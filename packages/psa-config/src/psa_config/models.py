@@ -1,0 +1,259 @@
+"""What a preset file may hold, as frozen pydantic models; every level forbids unknown keys.
+
+A file maps model names to `ModelPresets`. The JSON Schema that editors check files by comes from here too.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
+
+from .errors import Path
+
+RULE_BROKEN = "preset_rule"
+"""The pydantic error type of a rule over several values.
+
+Its context lists `problems`: pairs of the path below the model and the message.
+"""
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+def _rule_broken(problems: list[tuple[Path, str]]) -> PydanticCustomError:
+    text = "; ".join(message for _, message in problems)
+    return PydanticCustomError(RULE_BROKEN, "{text}", {"text": text, "problems": problems})
+
+
+def _given(value: object) -> object:
+    if value is None:
+        raise ValueError("a key without a value: leave the key out instead")
+    return value
+
+
+def _drop_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
+BlockLength = Literal[32, 64, 128]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+OptionalSize = Annotated[
+    Size | SkipJsonSchema[None], BeforeValidator(_given), Field(json_schema_extra=_drop_default)
+]
+OptionalRange = Annotated[
+    tuple[Share, Share] | SkipJsonSchema[None],
+    BeforeValidator(_given),
+    Field(json_schema_extra=_drop_default),
+]
+
+
+class VideoScale(_Form):
+    """Pixels and frames to one token: the VAE's factor times the patch size, in each direction."""
+
+    width_divisor: Size = Field(description="Pixels of width to one token.")
+    height_divisor: Size = Field(description="Pixels of height to one token.")
+    depth_divisor: Size = Field(description="Frames to one latent frame of tokens.")
+
+
+class BlockSize(_Form):
+    """Tokens that share one level decision. The smallest block, 32, still holds a row of every level."""
+
+    m: BlockLength = Field(description="Tokens in a query block.")
+    n: BlockLength = Field(description="Tokens in a key/value block.")
+    tile_n: BlockLength = Field(
+        default=32, description="Key/value rows a kernel loads at a time. A hint: kernels tune their own."
+    )
+
+
+class MaskRatios(_Form):
+    """The range of each pyramid level, named by how many tokens one of its rows stands for.
+
+    A range is `(low, high)` of cumulative importance (`thresholdbound`) or of the share of blocks (`topk`).
+    Level by level, 1 2 4 8 0, each range starts where the one before it ended; 1 starts at 0, and 0, the
+    skipped part, ends at 1. A level left out is empty; leaving out 0 skips the rest. Order does not matter.
+    """
+
+    full: OptionalRange = Field(default=None, alias="1", description="Blocks read as they are.")
+    pooled_2: OptionalRange = Field(default=None, alias="2", description="Blocks read as means of 2 tokens.")
+    pooled_4: OptionalRange = Field(default=None, alias="4", description="Blocks read as means of 4 tokens.")
+    pooled_8: OptionalRange = Field(default=None, alias="8", description="Blocks read as means of 8 tokens.")
+    skipped: OptionalRange = Field(default=None, alias="0", description="Blocks skipped; ends at 1.")
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """The upper ends of the ranges of 1, 2, 4 and 8; an empty range ends where the one before it does."""
+        one = 0.0 if self.full is None else self.full[1]
+        two = one if self.pooled_2 is None else self.pooled_2[1]
+        four = two if self.pooled_4 is None else self.pooled_4[1]
+        eight = four if self.pooled_8 is None else self.pooled_8[1]
+        return one, two, four, eight
+
+    @model_validator(mode="after")
+    def _contiguous(self) -> "MaskRatios":
+        problems: list[tuple[Path, str]] = []
+        end = 0.0
+        for key, span in (
+            ("1", self.full),
+            ("2", self.pooled_2),
+            ("4", self.pooled_4),
+            ("8", self.pooled_8),
+            ("0", self.skipped),
+        ):
+            if span is None:
+                continue
+            low, high = span
+            if low > high:
+                problems.append(((key,), f"runs backwards from {low} to {high}, expected [{high}, {low}]"))
+            elif low != end:
+                fault = "leaves a gap after" if low > end else "overlaps what ends at"
+                problems.append(((key, 0), f"{low} {fault} {end}, expected {end}"))
+            end = max(low, high)
+        if self.skipped is not None and self.skipped[1] != 1:
+            problems.append((("0", 1), f"got {self.skipped[1]}, expected the skipped range to end at 1.0"))
+        if self.bounds[-1] == 0:
+            problems.append(((), "every range above 0 is empty, expected blocks at level 1, 2, 4 or 8"))
+        if problems:
+            raise _rule_broken(problems)
+        return self
+
+
+class SimThresholds(_Form):
+    """How alike neighbouring keys of a block must be, in mean cosine similarity, for it to be pooled so far.
+
+    -1 switches the cap of a level off, 1 forbids the level.
+    """
+
+    x2: Cosine = Field(default=0.7, description="For means of 2 tokens.")
+    x4: Cosine = Field(default=0.65, description="For means of 4 tokens.")
+    x8: Cosine = Field(default=0.6, description="For means of 8 tokens.")
+
+    @property
+    def values(self) -> tuple[float, float, float]:
+        """The thresholds of levels 2, 3 and 4."""
+        return self.x2, self.x4, self.x8
+
+
+class Samples(_Form):
+    """How many tokens of a block stand for it when importance is estimated; None is a quarter of it."""
+
+    q: OptionalSize = Field(default=None, description="Sampled query tokens of a block.")
+    kv: OptionalSize = Field(default=None, description="Sampled key tokens of a block.")
+
+
+class DenseAttention(_Form):
+    """Full attention, unchanged."""
+
+    type: Literal["dense"]
+    description: str = Field(default="", description="For people; nothing reads it.")
+
+
+def _add_other_spelling(schema: dict[str, Any]) -> None:
+    properties = schema["properties"]
+    properties["min_full_attn_ratio"] = {**properties["min_full"], "description": "The same as min_full."}
+
+
+class PyramidSparseAttention(_Form):
+    """Pyramid Sparse Attention and all of its settings."""
+
+    model_config = ConfigDict(json_schema_extra=_add_other_spelling)
+
+    type: Literal["psa"]
+    description: str = Field(default="", description="For people; nothing reads it.")
+    use_rearrange: bool = Field(description="Whether tokens are put in the order of rearrange_method.")
+    block_size: BlockSize = Field(description="Tokens that share one level decision.")
+    mask_ratios: MaskRatios = Field(description="The range of each level: 1, 2, 4, 8, and 0 for skipped.")
+    mask_mode: Literal["thresholdbound", "topk"] = Field(
+        description="Ranges of cumulative importance (thresholdbound) or of the number of blocks (topk)."
+    )
+    warmup_steps: Count = Field(default=0, description="Dense denoising steps at the start.")
+    cooldown_steps: Count = Field(default=0, description="Dense denoising steps at the end.")
+    dense_layers: tuple[Count, ...] = Field(default=(), description="Layers that stay dense, from 0.")
+    rearrange_method: Literal["Gilbert", "Cube"] = Field(
+        default="Gilbert", description="Along a Hilbert-like curve, or by cubes of tile_size."
+    )
+    tile_size: tuple[Size, Size, Size] = Field(
+        default=(2, 8, 8), description="Frames, rows and columns of tokens in a cube."
+    )
+    use_sim_mask: bool = Field(default=False, description="Whether sim_thresholds cap the levels.")
+    sim_thresholds: SimThresholds = Field(
+        default=SimThresholds(), description="Similarity a block needs to be pooled."
+    )
+    min_full: Share = Field(
+        default=0.0,
+        validation_alias=AliasChoices("min_full", "min_full_attn_ratio"),
+        description="Least share of the blocks of a row read as they are.",
+    )
+    skip: Literal["drop", "mean"] = Field(
+        default="drop", description="What becomes of skipped blocks: nothing, or one row, their mean."
+    )
+    samples: Samples = Field(
+        default_factory=Samples, description="Tokens sampled from a block for its importance."
+    )
+    seed: Count = Field(default=0, description="Seed of the sampling.")
+
+    @field_validator("samples")
+    @classmethod
+    def _within_block(cls, samples: Samples, info: ValidationInfo) -> Samples:
+        block = info.data.get("block_size")
+        if block is None:
+            return samples
+        sampled = (("q", samples.q, "m", block.m), ("kv", samples.kv, "n", block.n))
+        problems: list[tuple[Path, str]] = [
+            ((key,), f"got {count}, expected at most block_size.{side}, which is {size}")
+            for key, count, side, size in sampled
+            if count is not None and count > size
+        ]
+        if problems:
+            raise _rule_broken(problems)
+        return samples
+
+
+Attention = Annotated[DenseAttention | PyramidSparseAttention, Field(discriminator="type")]
+
+
+class ModelPresets(_Form):
+    """One model of a file: its geometry and its presets."""
+
+    default_attention: str = Field(description="The preset used where none is named.")
+    video_scale: VideoScale = Field(description="Pixels and frames to one token.")
+    text_length: Count = Field(description="Text tokens in the sequence that attention sees.")
+    attention_configs: dict[str, Attention] = Field(min_length=1, description="The presets, by name.")
+
+
+class Preset(_Form):
+    """One preset of one model, all that is needed to run it."""
+
+    model: str
+    name: str
+    text_length: int
+    video_scale: VideoScale
+    attention: Attention
+
+
+PRESET_FILE: TypeAdapter[dict[str, ModelPresets]] = TypeAdapter(
+    Annotated[dict[str, ModelPresets], Field(min_length=1, description="Attention presets, by model.")]
+)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a preset file."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Pyramid Sparse Attention presets",
+        **PRESET_FILE.json_schema(),
+    }
