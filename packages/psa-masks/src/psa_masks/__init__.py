@@ -5,7 +5,7 @@ from psa_masks.constraints import cap_by_similarity, keep_full, skip_to_mean
 from psa_masks.density import density
 from psa_masks.grid import VideoGrid
 from psa_masks.levels import levels_by_quota, levels_by_threshold
-from psa_masks.order import TokenOrder, cube_order
+from psa_masks.order import TokenOrder, cube_order, gilbert_order
 
 __all__ = [
     "TokenOrder",
@@ -14,6 +14,7 @@ __all__ = [
     "cap_by_similarity",
     "cube_order",
     "density",
+    "gilbert_order",
     "keep_full",
     "levels_by_quota",
     "levels_by_threshold",
