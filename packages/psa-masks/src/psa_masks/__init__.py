@@ -1,4 +1,4 @@
-"""Multi-level masks for Pyramid Sparse Attention: levels, constraints, density and token order."""
+"""Multi-level masks for Pyramid Sparse Attention: policies, levels, constraints, density, token order."""
 
 from psa_masks.__about__ import __version__
 from psa_masks.constraints import cap_by_similarity, keep_full, skip_to_mean
@@ -6,8 +6,10 @@ from psa_masks.density import density
 from psa_masks.grid import VideoGrid
 from psa_masks.levels import levels_by_quota, levels_by_threshold
 from psa_masks.order import TokenOrder, cube_order, gilbert_order
+from psa_masks.policy import MaskPolicy
 
 __all__ = [
+    "MaskPolicy",
     "TokenOrder",
     "VideoGrid",
     "__version__",

@@ -32,6 +32,12 @@ def integer(name: str, value: object, low: int) -> int:
     return value
 
 
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
 def sequence(name: str, value: object) -> Sequence[object]:
     """``value`` if it is a list, a tuple or the like; a string is not one."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):

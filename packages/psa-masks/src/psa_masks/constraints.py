@@ -1,6 +1,5 @@
 """Rules that override what importance alone decided."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +17,9 @@ def cap_by_similarity(levels: Tensor, similarity: Tensor, thresholds: Sequence[f
 
     Args:
         levels: int8 ``[B, H, num_q_blocks, num_kv_blocks]``.
-        similarity: float32 ``[B, H_kv, num_kv_blocks, >= len(thresholds)]``, entry h - 2 of the last axis
-            for level h, as ``psa_kernels.key_similarity`` gives it; H_kv divides H. A NaN exceeds nothing.
+        similarity: float32 or float64 ``[B, H_kv, num_kv_blocks, >= len(thresholds)]``, as
+            ``psa_kernels.key_similarity`` gives it: entry h - 2 of the last axis for level h. H_kv divides H.
+            A NaN exceeds nothing.
         thresholds: in [-1, 1], for levels 2, 3, ... A threshold of -1 always passes (a similarity of
             exactly -1 as well) and one of 1 never does, so all -1 leave ``levels`` as they are and all 1
             make every kept block level 1. Levels past the last threshold never pass, unless all are -1.
@@ -133,7 +133,7 @@ def coarsest_level(block_kv: int) -> int:
     checks.integer("block_kv", block_kv, 1)
     if block_kv & (block_kv - 1):
         raise ValueError(f"block_kv must be a power of two, got {block_kv}")
-    return int(math.log2(block_kv)) + 1
+    return block_kv.bit_length()
 
 
 def _blocks(start: int, stop: int, block: int) -> slice:

@@ -1,0 +1,174 @@
+"""From queries and keys to a level map in one call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from psa_kernels import BlockLayout, block_importance, key_similarity
+from psa_masks import checks
+from psa_masks.constraints import cap_by_similarity, coarsest_level, keep_full, skip_to_mean
+from psa_masks.levels import levels_by_quota, levels_by_threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskPolicy:
+    """How to choose the level of every block pair; call it with the queries and keys of an attention.
+
+    A call scores the block pairs (``psa_kernels.block_importance``), turns scores into levels, refuses levels
+    too coarse for the keys, sets what must be kept to level 1, and last decides what becomes of skipped
+    blocks. It waits for no device, and neither reads nor moves any random state.
+
+    Args:
+        mode: ``"threshold"``, see :func:`levels_by_threshold`, or ``"quota"``, see :func:`levels_by_quota`.
+        bounds: cumulative upper ends of levels 1..H in [0, 1], not decreasing; H at most
+            ``log2(block_kv) + 1``.
+        block_q, block_kv: tokens a level decision covers, powers of two.
+        skip: ``"drop"`` leaves skipped blocks out of the attention, ``"mean"`` reads each as its mean, at
+            level ``log2(block_kv) + 1`` (:func:`skip_to_mean`).
+        min_full: at least this share of each row's blocks is level 1, in [0, 1]; in quota mode as if no bound
+            were lower.
+        samples_q, samples_kv: tokens sampled from a block to score it; None is a quarter of the block.
+        method, reduction: as ``block_importance`` takes them.
+        similarity_thresholds: for levels 2, 3, ..., see :func:`cap_by_similarity`; None or all -1 is no cap.
+        protected: token ranges (start, stop) kept at level 1, see :func:`keep_full`.
+        diagonal: keep block pairs with a query and a key of the same position at level 1. Always done with
+            ``is_causal``, as a query might see no key otherwise.
+        sinks: number of tokens at the start whose KV blocks are level 1.
+        is_causal: queries see keys up to their own position, the last query at the last key. The map is then
+            what attention executes of it: blocks in the future are skipped, kept ones that reach past the
+            diagonal are level 1. In quota mode shares are still of all KV blocks, future ones too.
+        seed: names the sample drawn; equal seeds give equal maps.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above.
+    """
+
+    mode: str
+    bounds: Sequence[float]
+    block_q: int = 128
+    block_kv: int = 128
+    skip: str = "drop"
+    min_full: float = 0.0
+    samples_q: int | None = None
+    samples_kv: int | None = None
+    method: str = "sampled"
+    reduction: str = "max"
+    similarity_thresholds: Sequence[float] | None = None
+    protected: Sequence[tuple[int, int]] = ()
+    diagonal: bool = False
+    sinks: int = 0
+    is_causal: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks.choice("mode", self.mode, ("threshold", "quota"))
+        checks.choice("skip", self.skip, ("drop", "mean"))
+        BlockLayout(1, 1, block_q=self.block_q, block_kv=self.block_kv)  # checks the block sizes
+        bounds = checks.bounds(self.bounds)
+        coarsest = coarsest_level(self.block_kv)
+        if len(bounds) > coarsest:
+            raise ValueError(
+                f"bounds must name at most log2(block_kv) + 1 = {coarsest} levels with block_kv "
+                f"{self.block_kv}, got {len(bounds)}"
+            )
+        min_full = checks.real("min_full", self.min_full, 0.0, 1.0)
+        for name, block in (("samples_q", self.block_q), ("samples_kv", self.block_kv)):
+            samples = getattr(self, name)
+            if samples is not None and checks.integer(name, samples, 1) > block:
+                raise ValueError(f"{name} must be at most the block's {block} tokens, got {samples}")
+        limits = None
+        if self.similarity_thresholds is not None:
+            limits = checks.thresholds("similarity_thresholds", self.similarity_thresholds)
+            if len(limits) >= coarsest:
+                raise ValueError(
+                    f"similarity_thresholds must be at most log2(block_kv) = {coarsest - 1} numbers with "
+                    f"block_kv {self.block_kv}, got {len(limits)}"
+                )
+        checks.integer("sinks", self.sinks, 0)
+        # Tuples and plain numbers, so that equal policies compare equal and hash.
+        settled = {
+            "bounds": bounds,
+            "min_full": min_full,
+            "similarity_thresholds": limits,
+            "protected": checks.token_ranges("protected", self.protected),
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_levels(self) -> int:
+        """The coarsest level a map may hold."""
+        return coarsest_level(self.block_kv) if self.skip == "mean" else len(self.bounds)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        kv_lengths: Tensor | None = None,
+        scale: float | None = None,
+        impl: str | None = None,
+    ) -> Tensor:
+        """The level map for these queries and keys.
+
+        Args:
+            query: ``[B, H, q_len, D]``, any dtype and strides that ``psa_kernels.block_importance`` takes.
+            key: ``[B, H_kv, kv_len, D]``, H a multiple of H_kv.
+            kv_lengths: int32 or int64 ``[B]``, how many keys of each sample exist; None is all. The levels of
+                KV blocks wholly past it mean nothing; attention with the same ``kv_lengths`` ignores them.
+            scale: of the logits; None is ``1/sqrt(D)``.
+            impl: of the operators of psa_kernels; None picks by device.
+
+        Returns:
+            int8 ``[B, H, num_q_blocks, num_kv_blocks]``: 0 skipped, h in 1..num_levels level h.
+
+        Raises:
+            TypeError, ValueError: the tensors don't go together, or a protected range ends past kv_len.
+        """
+        importance = block_importance(
+            query,
+            key,
+            block_q=self.block_q,
+            block_kv=self.block_kv,
+            samples_q=_samples(self.samples_q, self.block_q),
+            samples_kv=_samples(self.samples_kv, self.block_kv),
+            method=self.method,
+            reduction=self.reduction,
+            is_causal=self.is_causal,
+            kv_lengths=kv_lengths,
+            scale=scale,
+            seed=self.seed,
+            impl=impl,
+        )
+        layout = BlockLayout(
+            query.shape[2],
+            key.shape[2],
+            block_q=self.block_q,
+            block_kv=self.block_kv,
+            is_causal=self.is_causal,
+        )
+        if self.mode == "threshold":
+            levels = levels_by_threshold(importance, self.bounds, min_full=self.min_full)
+        else:
+            levels = levels_by_quota(importance, [max(bound, self.min_full) for bound in self.bounds])
+        limits = self.similarity_thresholds
+        if limits is not None and max(limits) > -1.0:
+            similarity = key_similarity(
+                key, block_kv=self.block_kv, num_levels=len(limits) + 1, kv_lengths=kv_lengths, impl=impl
+            )
+            levels = cap_by_similarity(levels, similarity, limits)
+        levels = keep_full(
+            levels,
+            layout,
+            protected=self.protected,
+            diagonal=self.diagonal or self.is_causal,
+            sinks=self.sinks,
+        )
+        if self.skip == "mean":
+            levels = skip_to_mean(levels, self.block_kv)
+        return layout.executed_levels(levels)
+
+
+def _samples(given: int | None, block: int) -> int:
+    return max(1, block // 4) if given is None else given
