@@ -1,0 +1,119 @@
+"""Pyramid sparse attention as one call: importance, levels, plan, attention."""
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from psa_config import Preset
+from psa_integrations.build import find_preset, mask_policy, sparse_attention_of, token_order
+from psa_kernels import BlockLayout, LevelPlan, pyramid_attention
+from psa_masks import MaskPolicy, VideoGrid
+
+
+def sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, policy: MaskPolicy, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the levels that `policy` gives to the block pairs.
+
+    Args:
+        query: [B, H, q_len, D].
+        key: [B, H_kv, kv_len, D].
+        value: [B, H_kv, kv_len, D].
+        policy: decides the levels.
+        impl: implementation of every operator, see psa_kernels.pyramid_attention.
+
+    Where the dtypes differ, as after a norm or a rotary table kept in float32, query and key are cast to the
+    dtype of value, which is the one the model computes in.
+
+    Returns:
+        The output [B, H, q_len, D] in the dtype of value, and the density of what was executed, float32
+        [B, H].
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    levels = policy(query, key, impl=impl)
+    layout = BlockLayout(
+        query.shape[2],
+        key.shape[2],
+        block_q=policy.block_q,
+        block_kv=policy.block_kv,
+        num_levels=policy.num_levels,
+    )
+    plan = LevelPlan.from_levels(levels, layout, impl=impl)
+    out = pyramid_attention(
+        query,
+        key,
+        value,
+        plan,
+        block_q=policy.block_q,
+        block_kv=policy.block_kv,
+        num_levels=policy.num_levels,
+        impl=impl,
+    )
+    assert isinstance(out, Tensor)
+    return out, plan.density()
+
+
+class PyramidAttention(nn.Module):
+    """Attention by a preset, for models that this package has no integration for.
+
+    Args:
+        preset: a psa_config.Preset, or `"Model/preset"` from the shipped presets. A dense preset is plain
+            scaled_dot_product_attention. `warmup_steps`, `cooldown_steps` and `dense_layers` are the caller's
+            to follow: a lone module knows neither its step nor its layer.
+        grid: how the sequence lies in space and time. With it, text tokens are protected, and a preset with
+            `use_rearrange` puts query, key and value in its token order and the output back in the caller's.
+            Without it, tokens are taken in the order they come in.
+        impl: implementation of the operators, see psa_kernels.pyramid_attention.
+
+    Raises:
+        TypeError: if `preset` or `grid` is of another type.
+        ValueError: if nothing has the name `preset`.
+    """
+
+    def __init__(
+        self, preset: Preset | str, grid: VideoGrid | None = None, *, impl: str | None = None
+    ) -> None:
+        super().__init__()
+        if grid is not None and not isinstance(grid, VideoGrid):
+            raise TypeError(f"grid must be a psa_masks.VideoGrid or None, got {type(grid).__name__}")
+        self.preset = find_preset(preset)
+        self.grid = grid
+        self.impl = impl
+        sparse = sparse_attention_of(self.preset)
+        self._policy = None if sparse is None else mask_policy(sparse, grid)
+        self._order = None if sparse is None or grid is None else token_order(sparse, grid)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [B, H, q_len, D].
+            key: [B, H_kv, kv_len, D], H_kv a divisor of H.
+            value: [B, H_kv, kv_len, D].
+
+        Returns:
+            [B, H, q_len, D] in the dtype of `value`, to which query and key are cast where they differ.
+
+        Raises:
+            ValueError: if a grid was given and q_len or kv_len is not its number of tokens.
+        """
+        if self.grid is not None:
+            for name, tensor in (("query", query), ("key", key)):
+                if tensor.shape[2] != self.grid.seq_len:
+                    raise ValueError(
+                        f"{name} must have the {self.grid.seq_len} tokens of {self.grid}, "
+                        f"got {tensor.shape[2]}"
+                    )
+        if self._policy is None:
+            return scaled_dot_product_attention(
+                query.to(value.dtype),
+                key.to(value.dtype),
+                value,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        if self._order is not None:
+            query, key, value = (self._order.apply(tensor, 2) for tensor in (query, key, value))
+        out, _ = sparse_attention(query, key, value, self._policy, impl=self.impl)
+        return out if self._order is None else self._order.undo(out, 2)
+
+    def extra_repr(self) -> str:
+        return f"preset={self.preset.model}/{self.preset.name}, grid={self.grid}"

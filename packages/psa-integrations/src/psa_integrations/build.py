@@ -1,0 +1,78 @@
+"""Presets to masks: the one place where configuration meets the mask and token-order code."""
+
+from functools import cache
+
+from psa_config import DenseAttention, Preset, PresetBook, PyramidSparseAttention, load_presets
+from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order
+
+_MODES = {"thresholdbound": "threshold", "topk": "quota"}
+
+
+@cache
+def shipped_presets() -> PresetBook:
+    """The presets that come with psa_config, read once."""
+    return load_presets()
+
+
+def find_preset(preset: Preset | str, *, model: str | None = None) -> Preset:
+    """The preset meant by `preset`.
+
+    Args:
+        preset: a Preset, returned as it is; or `"Model/preset"`, looked up in the shipped presets; or, with
+            `model`, the preset's name alone.
+        model: the shipped model that a name without a model refers to.
+
+    Raises:
+        TypeError: if `preset` is neither a Preset nor a str.
+        ValueError: if a name is given without a model and `model` is None, or nothing has that name.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    if not isinstance(preset, str):
+        raise TypeError(f"preset must be a psa_config.Preset or a str, got {type(preset).__name__}")
+    named_model, slash, name = preset.rpartition("/")
+    if slash:
+        return shipped_presets().get(named_model, name)
+    if model is None:
+        known = ", ".join(shipped_presets().models)
+        raise ValueError(
+            "preset must name its model, as 'Model/preset', where the model cannot be told from its "
+            f"configuration; got {preset!r}, known models: {known}"
+        )
+    return shipped_presets().get(model, name)
+
+
+def sparse_attention_of(preset: Preset) -> PyramidSparseAttention | None:
+    """The sparse settings of `preset`, None where it is dense."""
+    return None if isinstance(preset.attention, DenseAttention) else preset.attention
+
+
+def mask_policy(attention: PyramidSparseAttention, grid: VideoGrid | None = None) -> MaskPolicy:
+    """The rule that gives every block pair its level.
+
+    Text tokens of `grid` are protected: read at level 1 by all, and reading everything at level 1. Without a
+    grid no token is known to be text.
+    """
+    text = () if grid is None or grid.text == 0 else (grid.text_range,)
+    return MaskPolicy(
+        mode=_MODES[attention.mask_mode],
+        bounds=attention.mask_ratios.bounds,
+        block_q=attention.block_size.m,
+        block_kv=attention.block_size.n,
+        skip=attention.skip,
+        min_full=attention.min_full,
+        samples_q=attention.samples.q,
+        samples_kv=attention.samples.kv,
+        similarity_thresholds=attention.sim_thresholds.values if attention.use_sim_mask else None,
+        protected=text,
+        seed=attention.seed,
+    )
+
+
+def token_order(attention: PyramidSparseAttention, grid: VideoGrid) -> TokenOrder | None:
+    """The order in which `attention` wants the tokens of `grid`, None where they stay as they are."""
+    if not attention.use_rearrange:
+        return None
+    if attention.rearrange_method == "Gilbert":
+        return gilbert_order(grid)
+    return cube_order(grid, attention.tile_size)

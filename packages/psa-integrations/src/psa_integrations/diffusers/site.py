@@ -1,0 +1,241 @@
+"""One transformer with the integration on it: its hooks, its processors, and the forward under way."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from psa_config import Preset
+from psa_integrations.attention import sparse_attention
+from psa_integrations.build import mask_policy, sparse_attention_of, token_order
+from psa_integrations.diffusers.adapter import Adapter, Processor
+from psa_integrations.stats import StatsRecorder
+from psa_integrations.steps import StepFinder, is_dense_step
+from psa_masks import MaskPolicy, TokenOrder, VideoGrid
+
+OnUnsupported = Literal["raise", "dense"]
+
+LARGEST_HEAD_DIM = 256
+"""Of psa_kernels' Triton implementation, whose own check would come only after the dense steps."""
+
+
+class UnsupportedError(RuntimeError):
+    """The model is in a state that sparse attention cannot serve."""
+
+
+@dataclass(frozen=True)
+class SparseForward:
+    """How a sparse forward treats its tokens. `order` is over the video tokens alone."""
+
+    grid: VideoGrid
+    policy: MaskPolicy
+    order: TokenOrder | None
+
+
+class TransformerSite:
+    """Puts a preset on one transformer.
+
+    Every forward starts in a hook on the transformer, which finds the step and decides: in a dense step
+    nothing is touched, so the model computes exactly what it always did. In a sparse one the grid is read
+    from the arguments, and the tokens go through all layers in the preset's order.
+
+    The hooks are PyTorch's own: those of accelerate and diffusers wrap `forward`, and a wrapper added after
+    CPU offload is dropped at the end of a run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        transformer: Any,
+        adapter: Adapter,
+        preset: Preset,
+        *,
+        finder: StepFinder,
+        stats: StatsRecorder,
+        on_unsupported: OnUnsupported,
+        impl: str | None,
+    ) -> None:
+        self.name = name
+        self.transformer = transformer
+        self.preset = preset
+        self._adapter = adapter
+        self._sparse = sparse_attention_of(preset)
+        self._finder = finder
+        self._stats = stats
+        self._on_unsupported = on_unsupported
+        self._impl = impl
+        self._signature = inspect.signature(type(transformer).forward)
+        self._forwards: dict[VideoGrid, SparseForward] = {}
+        self._processors: list[tuple[Any, Processor]] = []
+        self._hooks: list[RemovableHandle] = []
+        self._cache_context: Callable[..., Any] | None = None
+        self._warned = False
+        self._step: int | None = None
+        self._current: SparseForward | None = None
+        self._dense_layers = (
+            frozenset[int]() if self._sparse is None else frozenset(self._sparse.dense_layers)
+        )
+
+    def check(self) -> None:
+        """Refuses, before anything is touched, what the integration cannot work with."""
+        where = f"{self.name} ({type(self.transformer).__name__})"
+        attentions = self._adapter.attentions(self.transformer)
+        if any(isinstance(attention.processor, Processor) for attention in attentions):
+            raise RuntimeError(
+                f"{where} already has pyramid sparse attention: call remove() on its handle first"
+            )
+        if getattr(self.transformer, "_compiled_call_impl", None) is not None:
+            raise RuntimeError(f"{where} is compiled: apply pyramid sparse attention first, then compile")
+        beyond = sorted(layer for layer in self._dense_layers if layer >= len(attentions))
+        if beyond:
+            raise ValueError(
+                f"dense_layers must be below the {len(attentions)} layers of {where}, got {beyond}"
+            )
+        for layer, attention in enumerate(attentions):
+            if type(attention.processor) not in self._adapter.processor_classes:
+                known = ", ".join(cls.__name__ for cls in self._adapter.processor_classes)
+                raise UnsupportedError(
+                    f"layer {layer} of {where} must have one of the processors {known}, "
+                    f"got {type(attention.processor).__name__}"
+                )
+            head_dim = attention.inner_dim // attention.heads
+            if head_dim > LARGEST_HEAD_DIM and self._impl not in ("torch", "reference"):
+                raise UnsupportedError(
+                    f"head_dim must be at most {LARGEST_HEAD_DIM} unless impl is 'torch' or 'reference', "
+                    f"got {head_dim} in layer {layer} of {where}"
+                )
+
+    def install(self) -> None:
+        """Sets the processors and the hooks."""
+        for layer, attention in enumerate(self._adapter.attentions(self.transformer)):
+            processor = self._adapter.processor(attention.processor, self, layer)
+            attention.set_processor(processor)
+            self._processors.append((attention, processor))
+        self._hooks = [
+            self.transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.transformer.register_forward_hook(self._end),
+            *self._adapter.order_hooks(self.transformer, self._order),
+        ]
+        self._watch_cache_context()
+
+    def remove(self) -> None:
+        """Takes the hooks off and puts the original processors back."""
+        for hook in self._hooks:
+            hook.remove()
+        for attention, processor in self._processors:
+            # Someone else may have set another one since; that one is theirs.
+            if attention.processor is processor:
+                attention.set_processor(processor.original)
+        if self.transformer.__dict__.get("cache_context") is self._cache_context is not None:
+            del self.transformer.__dict__["cache_context"]
+        self._current = None
+        self._hooks, self._processors, self._cache_context = [], [], None
+
+    def runs_sparse(self, layer: int, attention_mask: Tensor | None) -> bool:
+        if not self._hooks:
+            return False
+        sparse = self._current is not None and layer not in self._dense_layers
+        if sparse and attention_mask is not None:
+            sparse = self._supported(
+                "an attention mask was given to the self-attention, which it would not follow"
+            )
+        if not sparse:
+            self._stats.dense((self.name, self._step, layer))
+        return sparse
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        forward = self._current
+        assert forward is not None
+        if query.shape[2] != forward.grid.seq_len:
+            raise ValueError(
+                f"the self-attention of layer {layer} must get the {forward.grid.seq_len} tokens of "
+                f"{forward.grid}, which is what the input of the transformer has, got {query.shape[2]}"
+            )
+        out, density = sparse_attention(query, key, value, forward.policy, impl=self._impl)
+        self._stats.sparse((self.name, self._step, layer), density)
+        return out
+
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._current = None
+        for attention, processor in self._processors:
+            if attention.processor is not processor:
+                raise RuntimeError(
+                    f"the attention processors of {self.name} were replaced after pyramid sparse attention "
+                    "was applied (fuse_qkv_projections and set_attn_processor do that): remove() the handle, "
+                    "make the change, then apply again"
+                )
+        call = dict(self._signature.bind(module, *args, **kwargs).arguments)
+        call.pop("self")
+        step = self._finder.find(call["timestep"])
+        self._step = None if step is None else step.index
+        if self._sparse is None:
+            return None
+        if is_dense_step(step, warmup=self._sparse.warmup_steps, cooldown=self._sparse.cooldown_steps):
+            return None
+        if not self._serves(module):
+            return None
+        grid = self._adapter.grid(module, call)
+        self._current = self._forward(grid)
+        if self._current.order is not None:
+            self._adapter.order_call(call, self._current.order)
+        return (), call
+
+    def _order(self) -> TokenOrder | None:
+        return None if self._current is None else self._current.order
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._current = None
+
+    def _forward(self, grid: VideoGrid) -> SparseForward:
+        assert self._sparse is not None
+        if grid not in self._forwards:
+            video = VideoGrid(frames=grid.frames, height=grid.height, width=grid.width)
+            self._forwards[grid] = SparseForward(
+                grid, mask_policy(self._sparse, grid), token_order(self._sparse, video)
+            )
+        return self._forwards[grid]
+
+    def _serves(self, module: nn.Module) -> bool:
+        """Whether the module's present state can be served."""
+        assert self._sparse is not None
+        parallel = getattr(module, "_parallel_config", None)
+        if getattr(parallel, "context_parallel_config", None) is not None:
+            return self._supported("context parallelism gives each device a part of the sequence only")
+        some_dense = self._sparse.warmup_steps or self._sparse.cooldown_steps
+        if self._sparse.use_rearrange and some_dense and getattr(module, "is_cache_enabled", False):
+            return self._supported(
+                "a diffusers cache would carry tokens from a dense step into a sparse one, in another order"
+            )
+        return True
+
+    def _supported(self, problem: str) -> bool:
+        message = f"pyramid sparse attention on {self.name}: {problem}"
+        if self._on_unsupported == "raise":
+            raise UnsupportedError(f"{message}; on_unsupported='dense' runs such calls dense")
+        if not self._warned:
+            warnings.warn(f"{message}; such calls run dense", stacklevel=2)
+            self._warned = True
+        return False
+
+    def _watch_cache_context(self) -> None:
+        original = self.transformer.cache_context
+        finder = self._finder
+
+        @contextmanager
+        def cache_context(name: str, **fields: Any) -> Iterator[None]:
+            with (
+                original(name, **fields),
+                finder.context(fields.get("step_index"), fields.get("num_inference_steps")),
+            ):
+                yield
+
+        self._cache_context = cache_context
+        # Through __dict__, as a plain attribute of this instance that shadows the method of its class.
+        self.transformer.__dict__["cache_context"] = cache_context

@@ -1,0 +1,129 @@
+"""Wan 2.1 and 2.2, as diffusers builds them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor, nn, stack
+from torch.utils.hooks import RemovableHandle
+
+from psa_integrations.diffusers.adapter import Adapter, Processor, SelfAttention, in_order
+from psa_masks import TokenOrder, VideoGrid
+
+
+class WanAdapter(Adapter):
+    """WanTransformer3DModel: no text in its self-attention, `[batch, token]` timesteps in TI2V-5B."""
+
+    processor_classes = (WanAttnProcessor,)
+
+    def attentions(self, transformer: Any) -> list[Any]:
+        return [block.attn1 for block in transformer.blocks]
+
+    def model(self, transformer: Any, pipeline: Any | None) -> str | None:
+        config = transformer.config
+        if tuple(config.patch_size) == (1, 4, 4):
+            return "tiny-wan"
+        if config.in_channels == 48:
+            return "Wan2.2_5B"
+        if (config.num_layers, config.num_attention_heads) == (30, 12):
+            return "Wan2.1_1.3b"
+        if (config.num_layers, config.num_attention_heads) == (40, 40) and pipeline is not None:
+            # The transformers of 2.1 14B and of 2.2 A14B have one shape; only the pipeline tells them apart.
+            return "Wan2.1_14b" if pipeline.config.boundary_ratio is None else "Wan2.2_A14B"
+        return None
+
+    def grid(self, transformer: Any, call: dict[str, Any]) -> VideoGrid:
+        frames, height, width = call["hidden_states"].shape[2:]
+        patch_t, patch_h, patch_w = transformer.config.patch_size
+        return VideoGrid(frames=frames // patch_t, height=height // patch_h, width=width // patch_w)
+
+    def order_call(self, call: dict[str, Any], order: TokenOrder) -> None:
+        if call["timestep"].ndim == 2:
+            call["timestep"] = in_order(call["timestep"], order, 1, "timestep")
+
+    def order_hooks(
+        self, transformer: Any, current: Callable[[], TokenOrder | None]
+    ) -> list[RemovableHandle]:
+        def order_rotary(
+            module: nn.Module, args: Any, output: tuple[Tensor, ...]
+        ) -> tuple[Tensor, ...] | None:
+            order = current()
+            if order is None:
+                return None
+            return tuple(in_order(table, order, 1, "the rotary table") for table in output)
+
+        def order_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            order = current()
+            return None if order is None else (in_order(args[0], order, 1, "hidden_states"), *args[1:])
+
+        def undo_order(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            order = current()
+            return None if order is None else order.undo(output, 1)
+
+        return [
+            transformer.rope.register_forward_hook(order_rotary),
+            transformer.blocks[0].register_forward_pre_hook(order_tokens),
+            transformer.proj_out.register_forward_hook(undo_order),
+        ]
+
+    def processor(self, original: Any, attention: SelfAttention, layer: int) -> Processor:
+        return WanProcessor(original, attention, layer)
+
+
+class WanProcessor(Processor):
+    """Self-attention of a Wan block."""
+
+    # diffusers sets these two on every processor that has them; the dense calls are the ones to follow them.
+    @property
+    def _attention_backend(self) -> Any:
+        return self.original._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.original._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self.original._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.original._parallel_config = config
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if not self.attention.runs_sparse(self.layer, attention_mask):
+            dense: Tensor = self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
+            )
+            return dense
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))  # [B, L, H, D]
+        if rotary_emb is not None:
+            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        out = self.attention.attend(
+            self.layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        )
+        out = attn.to_out[0](out.transpose(1, 2).flatten(2))
+        projected: Tensor = attn.to_out[1](out)
+        return projected
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of `x` [B, L, H, D], whose channels 2i and 2i+1 are one plane.
+
+    `cos` and `sin` [1, L, 1, D] hold each plane's value twice.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)

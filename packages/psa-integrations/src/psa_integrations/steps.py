@@ -1,0 +1,137 @@
+"""Which denoising step a transformer call belongs to, and whether that step runs dense."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+class StepError(RuntimeError):
+    """A preset needs the denoising step and nothing says which one it is."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step: `index` counts from 0, `total` is the number of steps of the run if it is known."""
+
+    index: int
+    total: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.index < 0:
+            raise ValueError(f"index must be 0 or more, got {self.index}")
+        if self.total is not None and self.total <= self.index:
+            raise ValueError(f"total must be above index {self.index}, got {self.total}")
+
+
+def is_dense_step(step: Step | None, *, warmup: int, cooldown: int) -> bool:
+    """Whether `step` is one of the `warmup` first or the `cooldown` last steps of its run.
+
+    Raises:
+        StepError: if the answer depends on a step, or on a number of steps, that is not known.
+    """
+    if warmup == 0 and cooldown == 0:
+        return False
+    if step is None:
+        raise StepError(
+            f"the preset has warmup_steps {warmup} and cooldown_steps {cooldown}, and the denoising step of "
+            "this call is unknown: give apply_pyramid_sparse_attention the pipeline, or call the transformer "
+            "inside `with handle.at_step(index, total)`"
+        )
+    if step.index < warmup:
+        return True
+    if cooldown == 0:
+        return False
+    if step.total is None:
+        raise StepError(
+            f"the preset has cooldown_steps {cooldown}, and the number of steps of this run is unknown: "
+            "call the transformer inside `with handle.at_step(index, total)`"
+        )
+    return step.index >= step.total - cooldown
+
+
+class StepFinder:
+    """Finds the step of a call, from the first of these that knows it.
+
+    1. the step set by hand with `at`;
+    2. the cache context the pipeline opened around the call, where it carries `step_index`;
+    3. the call's timestep looked up in the schedule of the pipeline's scheduler, or, where that is not one
+       entry of the schedule, the scheduler's own `step_index`.
+
+    Nothing is counted from call to call, so guidance, another run or an aborted run cannot shift the answer.
+    """
+
+    def __init__(self, pipeline: object | None = None) -> None:
+        # A strong reference would close a cycle through the transformer's hooks, and its memory would only be
+        # freed by a garbage collection.
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._by_hand: Step | None = None
+        self._from_context: Step | None = None
+
+    @contextmanager
+    def at(self, index: int, total: int | None = None) -> Iterator[None]:
+        """Sets the step of the calls made inside."""
+        before, self._by_hand = self._by_hand, Step(index, total)
+        try:
+            yield
+        finally:
+            self._by_hand = before
+
+    @contextmanager
+    def context(self, step_index: int | None, num_inference_steps: int | None) -> Iterator[None]:
+        """Holds what a cache context says about the step of the calls made inside."""
+        before = self._from_context
+        self._from_context = None if step_index is None else Step(int(step_index), num_inference_steps)
+        try:
+            yield
+        finally:
+            self._from_context = before
+
+    def find(self, timestep: torch.Tensor | float) -> Step | None:
+        """The step of a call at `timestep` (any shape; the noisiest entry counts), or None if it is unknown.
+
+        Reads `timestep` from its device only where neither `at` nor a cache context names the step.
+        """
+        known = self._by_hand or self._from_context
+        if known is None:
+            return self._from_schedule(timestep)
+        if known.total is None:
+            return Step(known.index, self._run_length())
+        return known
+
+    def _schedule(self) -> tuple[object, torch.Tensor] | None:
+        pipeline = None if self._pipeline is None else self._pipeline()
+        scheduler = getattr(pipeline, "scheduler", None)
+        # Before set_timesteps a scheduler lists its training timesteps, which are no run.
+        if getattr(scheduler, "num_inference_steps", None) is None:
+            return None
+        timesteps = getattr(scheduler, "timesteps", None)
+        return (scheduler, timesteps) if isinstance(timesteps, torch.Tensor) else None
+
+    def _run_length(self) -> int | None:
+        found = self._schedule()
+        if found is None or self._pipeline is None:
+            return None
+        # A run that starts part of the way in (video to video) takes the last num_timesteps entries.
+        length = getattr(self._pipeline(), "num_timesteps", None)
+        return int(length) if length else len(found[1])
+
+    def _from_schedule(self, timestep: torch.Tensor | float) -> Step | None:
+        found = self._schedule()
+        total = self._run_length()
+        if found is None or total is None:
+            return None
+        scheduler, schedule = found
+        # Image to video gives the tokens of the given frame timestep 0, so the largest one is the step's.
+        now = float(torch.as_tensor(timestep).max())
+        first = len(schedule) - total
+        places = [i for i, t in enumerate(schedule.tolist()) if t == now and i >= first]
+        if len(places) == 1:
+            return Step(places[0] - first, total)
+        if not hasattr(scheduler, "step_index"):
+            return None
+        at = scheduler.step_index
+        index = 0 if at is None else int(at) - first
+        return Step(index, total) if 0 <= index < total else None

@@ -1,0 +1,229 @@
+"""Exactly the configured steps run dense, whatever the run looks like."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanVideoToVideoPipeline
+
+from psa_config import Preset
+from psa_integrations import StepError, apply_pyramid_sparse_attention
+from psa_integrations.diffusers import site
+
+# wan21 opens cache contexts that carry the step; wan22_5b_i2v and CogVideoX leave it to the schedule.
+PIPELINES = ["wan21", "wan22_5b_i2v", "cogvideox_5b"]
+
+
+class SparseSteps:
+    """Notes at which steps sparse attention really ran, by the pipeline's own callback."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.step = 0
+        self.seen: list[int] = []
+        attend = site.sparse_attention
+
+        def note(*args: Any, **options: Any) -> Any:
+            self.seen.append(self.step)
+            return attend(*args, **options)
+
+        monkeypatch.setattr(site, "sparse_attention", note)
+
+    def of_run(self, run: Callable[..., torch.Tensor], pipeline: Any, **options: Any) -> list[int]:
+        self.step, self.seen = 0, []
+        run(pipeline, callback_on_step_end=self.next_step, **options)
+        return sorted(set(self.seen))
+
+    def next_step(self, pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        self.step = step + 1
+        return {}
+
+
+@pytest.fixture
+def sparse_steps(monkeypatch: pytest.MonkeyPatch) -> SparseSteps:
+    return SparseSteps(monkeypatch)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0], ids=["unguided", "guided"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_warmup_and_cooldown_in_runs_of_any_length(
+    name: str,
+    guidance: float,
+    build: Callable[[str], Any],
+    run: Callable[..., torch.Tensor],
+    make_preset: Callable[..., Preset],
+    sparse_steps: SparseSteps,
+) -> None:
+    pipeline = build(name)
+    preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=2, cooldown_steps=1)
+    with apply_pyramid_sparse_attention(pipeline, preset) as handle:
+        for steps, expected in ((5, [2, 3]), (5, [2, 3]), (4, [2]), (3, []), (2, [])):
+            handle.reset_stats()
+            assert sparse_steps.of_run(run, pipeline, steps=steps, guidance=guidance) == expected
+            dense = [step for step in range(steps) if step not in expected]
+            assert handle.stats().dense_steps() == dense
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_run_after_an_aborted_one(
+    name: str,
+    build: Callable[[str], Any],
+    run: Callable[..., torch.Tensor],
+    make_preset: Callable[..., Preset],
+    sparse_steps: SparseSteps,
+) -> None:
+    pipeline = build(name)
+
+    def abort(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        if step == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    with apply_pyramid_sparse_attention(pipeline, make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=3)):
+        expected = run(pipeline, steps=5)
+        with pytest.raises(KeyboardInterrupt):
+            run(pipeline, steps=5, callback_on_step_end=abort)
+        assert sparse_steps.of_run(run, pipeline, steps=5) == [3, 4]
+        assert torch.equal(run(pipeline, steps=5), expected)
+
+
+def test_a_run_after_one_that_failed_inside_the_transformer(
+    build: Callable[[str], Any],
+    run: Callable[..., torch.Tensor],
+    make_preset: Callable[..., Preset],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline = build("wan21")
+    with apply_pyramid_sparse_attention(
+        pipeline, make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1)
+    ) as handle:
+        expected = run(pipeline)
+        with monkeypatch.context() as patched:
+            patched.setattr(pipeline.transformer.blocks[1].ffn, "forward", None)
+            with pytest.raises(TypeError):
+                run(pipeline)
+        handle.reset_stats()
+        assert torch.equal(run(pipeline), expected)
+        assert handle.stats().dense_steps() == [0]
+
+
+def test_steps_count_over_both_transformers(
+    build: Callable[[str], Any],
+    run: Callable[..., torch.Tensor],
+    make_preset: Callable[..., Preset],
+    sparse_steps: SparseSteps,
+) -> None:
+    pipeline = build("wan22_a14b")
+    boundary = 0.875 * 1000
+    pipeline.scheduler.set_timesteps(6)
+    high_noise = [i for i, t in enumerate(pipeline.scheduler.timesteps) if t >= boundary]
+    low_noise = [i for i, t in enumerate(pipeline.scheduler.timesteps) if t < boundary]
+    assert high_noise
+    assert len(low_noise) > 1
+    preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1, cooldown_steps=1)
+    with apply_pyramid_sparse_attention(pipeline, preset) as handle:
+        assert sparse_steps.of_run(run, pipeline, steps=6) == [1, 2, 3, 4]
+        stats = handle.stats()
+    assert sorted(stats.density_per_step("transformer")) == high_noise
+    assert sorted(stats.density_per_step("transformer_2")) == low_noise
+    assert stats.dense_steps("transformer") == [0]
+    assert stats.dense_steps("transformer_2") == [5]
+
+
+def test_each_transformer_can_have_its_own_preset(
+    build: Callable[[str], Any],
+    run: Callable[..., torch.Tensor],
+    sparse: Preset,
+    make_preset: Callable[..., Preset],
+) -> None:
+    pipeline = build("wan22_a14b")
+    second = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=100)
+    with apply_pyramid_sparse_attention(pipeline, sparse, preset_2=second) as handle:
+        assert handle.presets == {"transformer": sparse, "transformer_2": second}
+        run(pipeline, steps=6)
+        stats = handle.stats()
+    assert stats.dense_steps("transformer") == []
+    assert stats.dense_steps("transformer_2") == sorted(stats.density_per_step("transformer_2"))
+
+
+def test_video_to_video_counts_the_steps_it_executes(
+    build: Callable[[str], Any], make_preset: Callable[..., Preset], sparse_steps: SparseSteps
+) -> None:
+    text_to_video = build("wan21")
+    pipeline = WanVideoToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=text_to_video.vae,
+        scheduler=text_to_video.scheduler,
+        transformer=text_to_video.transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run(pipe: Any, **options: Any) -> torch.Tensor:
+        latents: torch.Tensor = pipe(
+            video=torch.rand(1, 9, 3, 64, 64),
+            prompt_embeds=torch.zeros(1, 16, 32),
+            negative_prompt_embeds=torch.zeros(1, 16, 32),
+            height=64,
+            width=64,
+            strength=0.5,
+            num_inference_steps=8,
+            output_type="latent",
+            **options,
+        ).frames
+        return latents
+
+    preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1, cooldown_steps=1)
+    with apply_pyramid_sparse_attention(pipeline, preset):
+        assert sparse_steps.of_run(run, pipeline) == [1, 2]
+
+
+@pytest.fixture
+def call() -> dict[str, torch.Tensor]:
+    return {
+        "hidden_states": torch.zeros(1, 16, 2, 16, 16),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.zeros(1, 16, 32),
+    }
+
+
+@torch.no_grad()
+def test_a_transformer_alone_needs_to_be_told_the_step(
+    build: Callable[[str], Any], make_preset: Callable[..., Preset], call: dict[str, torch.Tensor]
+) -> None:
+    transformer = build("wan21").transformer
+    preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1, cooldown_steps=1)
+    with apply_pyramid_sparse_attention(transformer, preset) as handle:
+        with pytest.raises(StepError, match="at_step"):
+            transformer(**call)
+        for step in range(3):
+            with handle.at_step(step, 3):
+                transformer(**call)
+        with pytest.raises(StepError):
+            transformer(**call)
+        assert handle.stats().dense_steps() == [0, 2]
+        assert sorted(handle.stats().density_per_step()) == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_a_transformer_alone_runs_sparse_where_no_step_is_dense(
+    build: Callable[[str], Any], sparse: Preset, call: dict[str, torch.Tensor]
+) -> None:
+    transformer = build("wan21").transformer
+    with apply_pyramid_sparse_attention(transformer, sparse) as handle:
+        transformer(**call)
+        assert list(handle.stats().density_per_step()) == [None]
+        assert handle.stats().dense_steps() == []
+
+
+@torch.no_grad()
+def test_a_cache_context_that_carries_the_step_is_enough(
+    build: Callable[[str], Any], make_preset: Callable[..., Preset], call: dict[str, torch.Tensor]
+) -> None:
+    transformer = build("wan21").transformer
+    preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1, cooldown_steps=1)
+    with apply_pyramid_sparse_attention(transformer, preset) as handle:
+        for step in range(4):
+            with transformer.cache_context("cond", step_index=step, num_inference_steps=4):
+                transformer(**call)
+        assert handle.stats().dense_steps() == [0, 3]
