@@ -1,0 +1,49 @@
+"""The two networks of the tiny model and their size."""
+
+# diffusers ships no type information, so its base classes are Any to the type checker.
+# mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
+
+from typing import Any
+
+import torch
+from diffusers import ModelMixin, WanTransformer3DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+from .captions import VOCABULARY
+
+TEXT_DIM = 64
+PATCH = 4
+
+# About 6.2 M parameters: 12.3 MB in half precision.
+TRANSFORMER_CONFIG: dict[str, Any] = {
+    "patch_size": (1, PATCH, PATCH),
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 128,
+    "ffn_dim": 768,
+    "num_layers": 6,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 128,
+}
+
+
+class CaptionEncoder(ModelMixin, ConfigMixin):
+    """A learned vector for each word of the vocabulary: int64 [B, S] -> [B, S, dim]."""
+
+    @register_to_config
+    def __init__(self, vocabulary: int = len(VOCABULARY), dim: int = TEXT_DIM) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocabulary, dim)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self.embedding(ids)
+        return embedded
+
+
+def build_transformer(**overrides: Any) -> WanTransformer3DModel:
+    """A transformer of the shipped size, untrained; keyword arguments replace single fields of its config."""
+    return WanTransformer3DModel(**{**TRANSFORMER_CONFIG, **overrides})
