@@ -16,7 +16,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from .errors import Path
@@ -43,8 +42,9 @@ def _given(value: object) -> object:
     return value
 
 
-def _drop_default(schema: dict[str, Any]) -> None:
+def _never_null(schema: dict[str, Any]) -> None:
     del schema["default"]
+    schema.update(schema.pop("anyOf")[0])
 
 
 BlockLength = Literal[32, 64, 128]
@@ -52,13 +52,9 @@ Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
-OptionalSize = Annotated[
-    Size | SkipJsonSchema[None], BeforeValidator(_given), Field(json_schema_extra=_drop_default)
-]
+OptionalSize = Annotated[Size | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)]
 OptionalRange = Annotated[
-    tuple[Share, Share] | SkipJsonSchema[None],
-    BeforeValidator(_given),
-    Field(json_schema_extra=_drop_default),
+    tuple[Share, Share] | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)
 ]
 
 

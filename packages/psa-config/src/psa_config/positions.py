@@ -72,30 +72,31 @@ def parse(text: str, file: str) -> tuple[Node | None, list[Problem]]:
     Raises:
         PresetError: where reading cannot go on, with the problems found up to there.
     """
-    builder = _Builder(text, file)
+    try:
+        loader: Any = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position].split("\n")
+        what = f"the character {quote(text[error.position])} is not allowed in YAML"
+        raise PresetError([Problem(file, len(before), len(before[-1]) + 1, "", what)]) from error
+    builder = _Builder(loader, file)
     try:
         return builder.document(), builder.problems
     except PresetError:
         raise
-    except yaml.reader.ReaderError as error:
-        before = text[: error.position].split("\n")
-        what = f"the character {quote(text[error.position])} is not allowed in YAML"
-        builder.stop(Position(len(before), len(before[-1]) + 1), (), what)
     except yaml.MarkedYAMLError as error:
         what = ": ".join(part for part in (error.context, error.problem) if part)
-        mark = error.problem_mark or error.context_mark
-        builder.stop(_position(mark) if mark else builder.reached, (), f"not valid YAML: {what}")
-    except (ValueError, OverflowError) as error:
+        mark = error.problem_mark or error.context_mark or loader.get_mark()
+        builder.stop(_position(mark), (), f"not valid YAML: {what}")
+    except (ValueError, OverflowError):
         # PyYAML converts escapes and version numbers unchecked: "\\UFFFFFFFF" reaches chr() as it is.
-        builder.stop(builder.reached, (), f"not valid YAML: {error}")
+        builder.stop(_position(loader.get_mark()), (), "not valid YAML: a number out of range")
 
 
 class _Builder:
-    def __init__(self, text: str, file: str) -> None:
+    def __init__(self, loader: Any, file: str) -> None:
         self.file = file
         self.problems: list[Problem] = []
-        self.reached = Position(1, 1)
-        self._events = yaml.parse(text, yaml.SafeLoader)
+        self._next = loader.get_event
         self._anchors: dict[str, Node] = {}
         self._values = 0
 
@@ -116,11 +117,6 @@ class _Builder:
 
     def _note(self, position: Position, path: Path, message: str) -> None:
         self.problems.append(Problem(self.file, *position, path_text(path), message))
-
-    def _next(self) -> Any:
-        event = next(self._events)
-        self.reached = _position(event.end_mark)
-        return event
 
     def _node(self, event: Any, path: Path, depth: int) -> Node:
         position = _position(event.start_mark)
