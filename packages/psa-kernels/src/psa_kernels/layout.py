@@ -73,7 +73,7 @@ class BlockLayout:
         checks.positive_int("kv_len", self.kv_len)
         checks.power_of_two("block_q", self.block_q)
         checks.power_of_two("block_kv", self.block_kv)
-        if self.num_levels is None:
+        if cast(int | None, self.num_levels) is None:
             object.__setattr__(self, "num_levels", max_levels(self.block_kv))
         checks.level_count(self.num_levels, self.block_kv)
         checks.causal(self.is_causal, self.q_len, self.kv_len)

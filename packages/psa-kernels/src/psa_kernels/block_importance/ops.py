@@ -11,7 +11,13 @@ def importance_dtype(query: Tensor) -> torch.dtype:
 
 
 def _fake(
-    query: Tensor, key: Tensor, q_positions: Tensor, kv_positions: Tensor, reduction: str, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    q_positions: Tensor,
+    kv_positions: Tensor,
+    reduction: str,
+    is_causal: bool,
+    scale: float,
 ) -> Tensor:
     batch, heads = query.shape[:2]
     shape = (batch, heads, q_positions.shape[1], kv_positions.shape[1])

@@ -7,7 +7,13 @@ from psa_kernels.block_importance.ops import importance_dtype
 
 
 def forward(
-    query: Tensor, key: Tensor, q_positions: Tensor, kv_positions: Tensor, reduction: str, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    q_positions: Tensor,
+    kv_positions: Tensor,
+    reduction: str,
+    is_causal: bool,
+    scale: float,
 ) -> Tensor:
     batch, heads, q_len, _ = query.shape
     kv_len, group = key.shape[2], heads // key.shape[1]

@@ -18,9 +18,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def sample_positions(
-    lengths: Tensor, num_blocks: int, block: int, samples: int, seed: int, stream: int
-) -> Tensor:
+def sample_positions(lengths: Tensor, num_blocks: int, block: int, samples: int, seed: int, stream: int) -> Tensor:
     """Token positions sampled in each block.
 
     A block of n tokens is cut into ``samples`` strata as equal as whole tokens allow, and one token is drawn from

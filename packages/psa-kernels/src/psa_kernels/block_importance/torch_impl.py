@@ -9,7 +9,13 @@ _LOGITS_AT_ONCE = 1 << 23
 
 
 def forward(
-    query: Tensor, key: Tensor, q_positions: Tensor, kv_positions: Tensor, reduction: str, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    q_positions: Tensor,
+    kv_positions: Tensor,
+    reduction: str,
+    is_causal: bool,
+    scale: float,
 ) -> Tensor:
     batch, heads, q_len, _ = query.shape
     kv_len, group = key.shape[2], heads // key.shape[1]

@@ -13,9 +13,22 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _sampled_logits(
-    query, row, key_ptr, key_strides, positions_ptr, first, num_columns, dim, shift, scale_log2,
-    HEAD_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, COLUMNS: tl.constexpr, PER_BLOCK: tl.constexpr,
-    SAMPLES_KV: tl.constexpr, PRECISION: tl.constexpr,
+    query,
+    row,
+    key_ptr,
+    key_strides,
+    positions_ptr,
+    first,
+    num_columns,
+    dim,
+    shift,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    SAMPLES_KV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Base-2 logits of a tile of sampled keys, ``[rows, COLUMNS]``, -inf where a token is missing or hidden.
 
@@ -35,15 +48,32 @@ def _sampled_logits(
     return tl.where(seen, logits, float("-inf"))
 
 
-@triton.jit(
-    do_not_specialize=["num_heads", "group", "shift", "num_q_blocks", "num_kv_blocks", "kv_positions_stride"]
-)
+@triton.jit(do_not_specialize=["num_heads", "group", "shift", "num_q_blocks", "num_kv_blocks", "kv_positions_stride"])
 def _importance_kernel(
-    query_ptr, key_ptr, q_positions_ptr, kv_positions_ptr, out_ptr, query_strides, key_strides,
-    num_heads, group, shift, num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
-    HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr, SAMPLES_Q: tl.constexpr, ROWS: tl.constexpr,
-    SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, IS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    query_ptr,
+    key_ptr,
+    q_positions_ptr,
+    kv_positions_ptr,
+    out_ptr,
+    query_strides,
+    key_strides,
+    num_heads,
+    group,
+    shift,
+    num_q_blocks,
+    num_kv_blocks,
+    kv_positions_stride,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    SAMPLES_Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    SAMPLES_KV: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    IS_MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     q_block = pid % num_q_blocks
@@ -64,8 +94,22 @@ def _importance_kernel(
     row_sum = tl.zeros([ROWS], tl.float32)
     for first in range(0, num_kv_blocks, BLOCKS):
         logits = _sampled_logits(
-            query, row, key_ptr, key_strides, kv_positions_ptr, first, num_columns, dim, shift, scale_log2,
-            HEAD_DIM, IS_CAUSAL, BLOCKS * PER_BLOCK, PER_BLOCK, SAMPLES_KV, PRECISION,
+            query,
+            row,
+            key_ptr,
+            key_strides,
+            kv_positions_ptr,
+            first,
+            num_columns,
+            dim,
+            shift,
+            scale_log2,
+            HEAD_DIM,
+            IS_CAUSAL,
+            BLOCKS * PER_BLOCK,
+            PER_BLOCK,
+            SAMPLES_KV,
+            PRECISION,
         )
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -78,8 +122,22 @@ def _importance_kernel(
     out_ptr += pid * num_kv_blocks
     for first in range(0, num_kv_blocks, BLOCKS):
         logits = _sampled_logits(
-            query, row, key_ptr, key_strides, kv_positions_ptr, first, num_columns, dim, shift, scale_log2,
-            HEAD_DIM, IS_CAUSAL, BLOCKS * PER_BLOCK, PER_BLOCK, SAMPLES_KV, PRECISION,
+            query,
+            row,
+            key_ptr,
+            key_strides,
+            kv_positions_ptr,
+            first,
+            num_columns,
+            dim,
+            shift,
+            scale_log2,
+            HEAD_DIM,
+            IS_CAUSAL,
+            BLOCKS * PER_BLOCK,
+            PER_BLOCK,
+            SAMPLES_KV,
+            PRECISION,
         )
         weights = tl.exp2(logits - normaliser[:, None])
         block = first + tl.arange(0, BLOCKS)
@@ -96,7 +154,13 @@ def _importance_kernel(
 
 
 def forward(
-    query: Tensor, key: Tensor, q_positions: Tensor, kv_positions: Tensor, reduction: str, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    q_positions: Tensor,
+    kv_positions: Tensor,
+    reduction: str,
+    is_causal: bool,
+    scale: float,
 ) -> Tensor:
     if query.dtype == torch.float64:
         raise TypeError("impl='triton' of block_importance takes float16, bfloat16 or float32, got torch.float64")

@@ -8,10 +8,11 @@ from torch import Tensor
 from psa_kernels.triton_device import on_device
 
 
+_CHUNK = 512
+
+
 @triton.jit(do_not_specialize=["num_blocks"])
-def _plan_kernel(
-    levels_ptr, indices_ptr, offsets_ptr, num_blocks, NUM_LEVELS: tl.constexpr, CHUNK: tl.constexpr
-):
+def _plan_kernel(levels_ptr, indices_ptr, offsets_ptr, num_blocks, NUM_LEVELS: tl.constexpr, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     levels_ptr += row * num_blocks
     indices_ptr += row * num_blocks
@@ -37,7 +38,6 @@ def forward(levels: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
     num_blocks = levels.shape[-1]
     indices = torch.empty_like(levels, dtype=torch.int32)
     offsets = levels.new_empty((*levels.shape[:-1], num_levels + 1), dtype=torch.int32)
-    chunk = min(1024, max(16, triton.next_power_of_2(num_blocks)))
     with on_device(levels):
-        _plan_kernel[(levels.numel() // num_blocks,)](levels, indices, offsets, num_blocks, num_levels, chunk)
+        _plan_kernel[(levels.numel() // num_blocks,)](levels, indices, offsets, num_blocks, num_levels, _CHUNK)
     return indices, offsets

@@ -73,10 +73,9 @@ def pyramid_attention(
     impl = checks.resolve_impl(impl, query)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
 
-    plan = levels if isinstance(levels, LevelPlan) else None
     if num_levels is None:
         checks.power_of_two("block_kv", block_kv)
-        num_levels = max_levels(block_kv) if plan is None else plan.layout.num_levels
+        num_levels = levels.layout.num_levels if isinstance(levels, LevelPlan) else max_levels(block_kv)
     layout = BlockLayout(
         query.shape[2],
         key.shape[2],
@@ -85,25 +84,29 @@ def pyramid_attention(
         num_levels=num_levels,
         is_causal=is_causal,
     )
-    if plan is not None and plan.layout != layout:
-        raise ValueError(f"the plan's layout must be that of the call, {layout}, got {plan.layout}")
-    given = levels if plan is None else plan.indices
-    if plan is None:
-        check_levels(given, layout)
-    if given.shape[:2] != query.shape[:2] or given.device != query.device:
-        raise ValueError(
-            f"levels must be on query's device {query.device} for its [B, H] {list(query.shape[:2])}, "
-            f"got {given.device} and {list(given.shape[:2])}"
-        )
+    if isinstance(levels, LevelPlan):
+        if levels.layout != layout:
+            raise ValueError(f"the plan's layout must be that of the call, {layout}, got {levels.layout}")
+        _check_heads(levels.indices, query)
+    else:
+        check_levels(levels, layout)
+        _check_heads(levels, query)
 
     if impl == "reference":
-        level_map = levels if plan is None else plan.to_levels()
+        level_map = levels.to_levels() if isinstance(levels, LevelPlan) else levels
         out, lse = reference(query, key, value, level_map, layout, kv_lengths, scale)
     else:
         checks.no_grad_needed("pyramid_attention", query, key, value)
-        if plan is None:
-            plan = LevelPlan.from_levels(given, layout, impl=impl)
+        plan = levels if isinstance(levels, LevelPlan) else LevelPlan.from_levels(levels, layout, impl=impl)
         out, lse = pyramid_attention_op(
             query, key, value, plan.indices, plan.offsets, kv_lengths, block_q, block_kv, is_causal, scale, impl
         )
     return (out, lse) if return_lse else out
+
+
+def _check_heads(levels: Tensor, query: Tensor) -> None:
+    if levels.shape[:2] != query.shape[:2] or levels.device != query.device:
+        raise ValueError(
+            f"levels must be on query's device {query.device} for its [B, H] {list(query.shape[:2])}, "
+            f"got {levels.device} and {list(levels.shape[:2])}"
+        )

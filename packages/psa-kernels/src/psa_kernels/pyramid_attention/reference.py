@@ -13,8 +13,8 @@ def pooled(x: Tensor, counts: Tensor, pool: int) -> Tensor:
     """
     exists = torch.arange(pool, device=x.device) < counts[:, :, None]  # [B, rows, pool]
     padding = counts.shape[1] * pool - x.shape[2]
-    groups = torch.nn.functional.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, pool))
-    sums = groups.masked_fill(~exists[:, None, :, :, None], 0).sum(dim=3)
+    groups = torch.nn.functional.pad(x, (0, 0, 0, padding)).reshape(*x.shape[:2], -1, pool, x.shape[3])
+    sums: Tensor = groups.masked_fill(~exists[:, None, :, :, None], 0).sum(dim=3)
     return sums / counts.clamp(min=1)[:, None, :, None].to(x.dtype)
 
 

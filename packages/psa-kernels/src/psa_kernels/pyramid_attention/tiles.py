@@ -1,6 +1,7 @@
 """Tile sizes, warps and pipeline stages as data, chosen by what a device has."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,4 +55,5 @@ def shared_memory_limit(device: torch.device) -> int:
     and is given that of an sm_90."""
     if device.type != "cuda":
         return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field below
+    return int(properties.shared_memory_per_block_optin)

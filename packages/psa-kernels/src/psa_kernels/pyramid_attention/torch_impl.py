@@ -53,9 +53,7 @@ def _all_rows(x: Tensor, kv_lengths: Tensor | None, num_levels: int, bias: Tenso
     return rows.to(bias.dtype).masked_fill(bias.isinf()[:, None], 0)
 
 
-def _rows_read(
-    indices: Tensor, offsets: Tensor, kv_len: int, block_kv: int, missing: int
-) -> tuple[Tensor, Tensor]:
+def _rows_read(indices: Tensor, offsets: Tensor, kv_len: int, block_kv: int, missing: int) -> tuple[Tensor, Tensor]:
     """Which rows each query block reads.
 
     Args:
@@ -141,7 +139,11 @@ def forward(
             )
             table = _Rows(keys, values, own_bias, last_token)
             rows, totals = _rows_read(
-                indices[b, own].flatten(0, 1), offsets[b, own].flatten(0, 1), kv_len, block_kv, len(last_token) - 1
+                indices[b, own].flatten(0, 1),
+                offsets[b, own].flatten(0, 1),
+                kv_len,
+                block_kv,
+                len(last_token) - 1,
             )
             blocks = torch.nn.functional.pad(query[b, own].to(dtype) * scale, (0, 0, 0, padding))
             blocks = blocks.reshape(group * num_q_blocks, block_q, head_dim)

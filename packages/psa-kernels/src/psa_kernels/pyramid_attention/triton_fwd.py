@@ -63,7 +63,15 @@ def _attend_level(
 
 
 @triton.jit(
-    do_not_specialize=["num_heads", "group", "q_len", "kv_len", "num_q_blocks", "num_kv_blocks", "pooled_rows"]
+    do_not_specialize=[
+        "num_heads",
+        "group",
+        "q_len",
+        "kv_len",
+        "num_q_blocks",
+        "num_kv_blocks",
+        "pooled_rows",
+    ]
 )
 def _forward_kernel(
     query_ptr, key_ptr, value_ptr, pooled_key_ptr, pooled_value_ptr, indices_ptr, offsets_ptr, kv_lengths_ptr,

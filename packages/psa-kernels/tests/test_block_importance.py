@@ -1,0 +1,99 @@
+"""``block_importance`` on every backend against the oracle, and what the draw of samples promises."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psa_kernels import block_importance
+from psa_kernels.block_importance.sampling import KEY_STREAM, QUERY_STREAM, sample_positions
+from psa_kernels.testing import assert_within_error_budget, make_qkv
+
+CASES = {
+    "one block": {"q_len": 32},
+    "ragged": {"q_len": 201, "kv_len": 333},
+    "GQA": {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 65, "kv_len": 130, "head_dim": 40},
+    "causal": {"q_len": 100, "kv_len": 140, "is_causal": True},
+    "kv_lengths": {"batch": 2, "q_len": 70, "kv_len": 200, "kv_lengths": (131, 5)},
+    "one query": {"q_len": 1, "kv_len": 200},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+@pytest.mark.parametrize("samples", [(8, 8), (5, 3), (32, 32)])
+def test_case_equals_oracle(backend, name, reduction, samples):
+    case = dict(CASES[name])
+    options = {key: case.pop(key) for key in ("is_causal", "kv_lengths") if key in case}
+    if "kv_lengths" in options:
+        options["kv_lengths"] = torch.tensor(options["kv_lengths"], device=backend.device)
+    options |= {"samples_q": samples[0], "samples_kv": samples[1], "reduction": reduction}
+    for dtype in backend.dtypes:
+        query, key, _ = make_qkv(**case, dtype=dtype, device=backend.device)
+        exact = block_importance(query.double(), key.double(), block_q=32, block_kv=32, impl="reference", **options)
+        low = block_importance(query, key, block_q=32, block_kv=32, impl="reference", **options)
+        got = block_importance(query, key, block_q=32, block_kv=32, impl=backend.impl, **options)
+        assert got.dtype == torch.float32
+        assert_within_error_budget(got, exact, low)
+
+
+def test_all_tokens_sampled_is_exact_attention():
+    query, key, _ = make_qkv(q_len=70, kv_len=100, dtype=torch.float64)
+    weights = (query @ key.mT / 32**0.5).softmax(-1)
+    full = torch.nn.functional.pad(weights, (0, 28, 0, 26)).view(1, 2, 3, 32, 4, 32)
+    options = {"block_q": 32, "block_kv": 32, "samples_q": 32, "samples_kv": 32}
+    got = block_importance(query, key, **options)
+    assert_within_error_budget(got, full.amax((3, 5)), full.float().amax((3, 5)))
+    tokens = torch.tensor([32, 32, 6])[:, None] * torch.tensor([32, 32, 32, 4])
+    got = block_importance(query, key, reduction="mean", **options)
+    assert_within_error_budget(got, full.sum((3, 5)) / tokens, (full.sum((3, 5)) / tokens).float())
+
+
+def test_large_logits_do_not_overflow(backend):
+    for dtype in backend.dtypes:
+        query, key, _ = make_qkv(q_len=64, dtype=dtype, device=backend.device)
+        options = {"block_q": 32, "block_kv": 32, "samples_q": 8, "samples_kv": 8, "impl": backend.impl}
+        importance = block_importance(query * 200, key * 200, **options)
+        assert importance.isfinite().all()
+        assert importance.max() > 0.9  # the softmax has all but collapsed onto one key
+
+
+@given(
+    length=st.integers(1, 300),
+    block=st.sampled_from([16, 32, 128]),
+    samples=st.integers(1, 16),
+    seed=st.integers(-(2**40), 2**40),
+)
+def test_samples_are_distinct_tokens_of_their_block(length, block, samples, seed):
+    num_blocks = -(-length // block)
+    positions = sample_positions(torch.tensor([length]), num_blocks, block, samples, seed, QUERY_STREAM)[0]
+    for j, row in enumerate(positions.tolist()):
+        tokens = range(j * block, min((j + 1) * block, length))
+        drawn = [token for token in row if token >= 0]
+        assert len(drawn) == len(set(drawn)) == min(samples, len(tokens))
+        assert set(drawn) <= set(tokens)
+
+
+def test_samples_spread_over_the_block():
+    """Each token of a block is drawn about equally often: a chi-squared statistic within five deviations."""
+    blocks, block, samples = 4000, 16, 4
+    positions = sample_positions(torch.tensor([blocks * block]), blocks, block, samples, 0, KEY_STREAM)
+    counts = torch.bincount(positions.flatten() % block, minlength=block).double()
+    expected = blocks * samples / block
+    freedom = block - samples  # each stratum's counts add up to the number of blocks
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_the_draw_is_named_by_its_seed():
+    query, key, _ = make_qkv(q_len=256)
+    options = {"block_q": 64, "block_kv": 64, "samples_q": 8, "samples_kv": 8}
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    first = block_importance(query, key, seed=3, **options)
+    torch.manual_seed(6)
+    assert torch.equal(first, block_importance(query, key, seed=3, **options))
+    assert not torch.equal(first, block_importance(query, key, seed=4, **options))
+    torch.set_rng_state(state)
+    block_importance(query, key, **options)
+    assert torch.equal(torch.get_rng_state(), state)

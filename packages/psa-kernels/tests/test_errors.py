@@ -1,0 +1,98 @@
+"""Wrong arguments are named, with the rule and what came."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from psa_kernels import (
+    BlockLayout,
+    LevelPlan,
+    block_importance,
+    key_similarity,
+    pool_pyramid,
+    pyramid_attention,
+)
+from psa_kernels.testing import make_qkv
+
+Q, K, V = make_qkv(q_len=40, head_dim=16)
+LEVELS = torch.ones(1, 2, 2, 2, dtype=torch.int8)
+ATTENTION = {"block_q": 32, "block_kv": 32}
+ONE_IS_7 = LEVELS + 6 * torch.eye(2, dtype=torch.int8)
+WANTS_GRAD = Q.clone().requires_grad_()
+PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "query must be a tensor, got list", lambda: attend(query=[1])),
+        (ValueError, r"query must have shape \[B, H, L, D\], got \[2, 40, 16\]", lambda: attend(query=Q[0])),
+        (TypeError, "query must be float16.*got torch.int64", lambda: attend(query=Q.long())),
+        (ValueError, "no empty dimension", lambda: attend(query=Q[:, :, :0])),
+        (TypeError, "key must have query's dtype torch.float32, got torch.float16", lambda: attend(key=K.half())),
+        (ValueError, "key must be on query's device cpu, got meta", lambda: attend(key=K.to("meta"))),
+        (ValueError, "key must have query's batch size 1, got 2", lambda: attend(key=K.repeat(2, 1, 1, 1))),
+        (ValueError, "key must have query's head_dim 16, got 8", lambda: attend(key=K[..., :8])),
+        (ValueError, "heads must divide", lambda: attend(key=K.repeat(1, 2, 1, 1), value=V.repeat(1, 2, 1, 1))),
+        (ValueError, "value must have key's shape", lambda: attend(value=V[:, :, :30])),
+        (TypeError, "value must have query's dtype", lambda: attend(value=V.bfloat16())),
+        (TypeError, "levels must be an int8 tensor or a LevelPlan, got list", lambda: attend(levels=[1])),
+        (TypeError, "levels must be int8, got torch.int64", lambda: attend(levels=LEVELS.long())),
+        (ValueError, r"levels must have shape \[B, H, 2, 2\]", lambda: attend(levels=LEVELS[..., :1])),
+        (ValueError, r"for its \[B, H\] \[1, 2\]", lambda: attend(levels=LEVELS[:, :1])),
+        (ValueError, r"levels must lie in 0..num_levels = 6, got values from 1 to 7", lambda: attend(levels=ONE_IS_7)),
+        (ValueError, r"levels must lie in 0..num_levels", lambda: attend(levels=-LEVELS)),
+        (ValueError, "plan's layout must be that of the call", lambda: attend(levels=PLAN, block_q=64)),
+        (ValueError, "block_q must be a power of two of at most 256, got 48", lambda: attend(block_q=48)),
+        (TypeError, "block_kv must be an integer, got float 32.0", lambda: attend(block_kv=32.0)),
+        (ValueError, "num_levels must be at most log2.block_kv. . 1 = 6", lambda: attend(num_levels=7)),
+        (ValueError, "num_levels must be at least 1, got 0", lambda: attend(num_levels=0)),
+        (ValueError, "q_len must not exceed kv_len", lambda: attend(query=Q.repeat(1, 1, 2, 1), is_causal=True)),
+        (TypeError, "kv_lengths must be an integer tensor", lambda: attend(kv_lengths=[40])),
+        (TypeError, "kv_lengths must be int32 or int64", lambda: attend(kv_lengths=torch.ones(1))),
+        (ValueError, r"kv_lengths must have shape \[1\]", lambda: attend(kv_lengths=torch.tensor([1, 2]))),
+        (ValueError, "impl must be one of 'triton', 'torch', 'reference', got 'cuda'", lambda: attend(impl="cuda")),
+        (ValueError, "differentiates only with impl='reference'", lambda: attend(query=WANTS_GRAD)),
+        (ValueError, "pool_pyramid differentiates only", lambda: pool_pyramid(WANTS_GRAD, block_kv=32, num_levels=2)),
+        (ValueError, "num_levels must be at most", lambda: pool_pyramid(K, block_kv=32, num_levels=7)),
+        (ValueError, "power of two", lambda: key_similarity(K, block_kv=33, num_levels=2)),
+        (ValueError, "samples_q must be at most block_q 32, got 33", lambda: importance(samples_q=33)),
+        (ValueError, "samples_kv must be at least 1, got 0", lambda: importance(samples_kv=0)),
+        (ValueError, "method must be one of 'sampled', got 'exact'", lambda: importance(method="exact")),
+        (ValueError, "reduction must be one of 'max', 'mean', got 'sum'", lambda: importance(reduction="sum")),
+        (TypeError, "seed must be an integer", lambda: importance(seed=1.5)),
+        (ValueError, "q_len must be at least 1, got 0", lambda: BlockLayout(0, 4)),
+        (TypeError, "kv_len must be an integer", lambda: BlockLayout(4, 4.0)),
+    ],
+)  # fmt: skip
+def test_message(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def attend(query=Q, key=K, value=V, levels=LEVELS, **options):
+    return pyramid_attention(query, key, value, levels, **(ATTENTION | options))
+
+
+def importance(**options):
+    return block_importance(Q, K, **({"block_q": 32, "block_kv": 32, "samples_q": 8, "samples_kv": 8} | options))
+
+
+def test_triton_asked_for_by_name_never_falls_back():
+    """In a process of its own: whether kernels are interpreted is settled when Triton is first imported."""
+    code = (
+        "import torch; from psa_kernels import pyramid_attention; x = torch.zeros(1, 1, 16, 16); "
+        "pyramid_attention(x, x, x, torch.ones(1, 1, 1, 1, dtype=torch.int8), impl='triton')"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "ValueError: impl='triton' needs tensors on a GPU, got cpu" in run.stderr
+
+
+def test_triton_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="takes float16, bfloat16 or float32 with head_dim up to 256"):
+        pyramid_attention(Q.double(), K.double(), V.double(), PLAN, **ATTENTION, impl="triton")

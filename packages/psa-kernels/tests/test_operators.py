@@ -1,0 +1,73 @@
+"""Registration: fakes agree with the kernels, and torch.compile keeps the operators whole."""
+
+import subprocess
+import sys
+
+import torch
+
+from psa_kernels import (
+    BlockLayout,
+    LevelPlan,
+    block_importance,
+    key_similarity,
+    pool_pyramid,
+    pyramid_attention,
+)
+from psa_kernels.testing import make_qkv, random_levels
+
+LENGTHS = torch.tensor([100, 33])
+
+
+def test_fakes_describe_the_results():
+    query, key, value = make_qkv(batch=2, heads=4, kv_heads=2, q_len=70, kv_len=100, dtype=torch.float16)
+    layout = BlockLayout(70, 100, block_q=32, block_kv=32)
+    plan = LevelPlan.from_levels(random_levels(layout, batch=2, heads=4), layout)
+    positions = torch.zeros(1, 3, 8, dtype=torch.int32), torch.zeros(1, 4, 8, dtype=torch.int32)
+    ops = torch.ops.psa_kernels
+    checks = ("test_schema", "test_faketensor")
+    for op, args in (
+        (ops.level_plan, (plan.to_levels(), 6, "torch")),
+        (ops.pyramid_pool, (key, LENGTHS, 5, "torch")),
+        (ops.key_similarity, (key, None, 32, 4, "torch")),
+        (ops.block_importance, (query, key, *positions, "max", False, 0.1, "torch")),
+        (
+            ops.pyramid_attention,
+            (query, key, value, plan.indices, plan.offsets, LENGTHS, 32, 32, False, 0.1, "torch"),
+        ),
+    ):
+        torch.library.opcheck(op.default, args, test_utils=checks)
+
+
+def pipeline(query, key, value, kv_lengths):
+    """Everything a caller does between q, k, v and the output."""
+    blocks = {"block_q": 32, "block_kv": 32}
+    scores = block_importance(query, key, samples_q=8, samples_kv=8, kv_lengths=kv_lengths, **blocks)
+    similarity = key_similarity(key, block_kv=32, num_levels=3)
+    coarse = pool_pyramid(key, block_kv=32, num_levels=3).level(3)
+    levels = torch.where(scores > scores.median(), 1, 3).to(torch.int8)
+    out, lse = pyramid_attention(query, key, value, levels, kv_lengths=kv_lengths, return_lse=True, **blocks)
+    return out, lse, similarity, coarse
+
+
+def test_compiles_whole():
+    query, key, value = make_qkv(batch=2, q_len=70, kv_len=100)
+    eager = pipeline(query, key, value, LENGTHS)
+    compiled = torch.compile(pipeline, fullgraph=True, backend="aot_eager")(query, key, value, LENGTHS)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+def test_compiles_for_lengths_it_has_not_seen():
+    attend = torch.compile(pipeline, fullgraph=True, backend="aot_eager", dynamic=True)
+    for q_len, kv_len in ((70, 100), (95, 201), (131, 260)):
+        qkv = make_qkv(batch=2, q_len=q_len, kv_len=kv_len)
+        eager = pipeline(*qkv, LENGTHS)
+        assert all(torch.equal(a, b) for a, b in zip(eager, attend(*qkv, LENGTHS), strict=True))
+
+
+def test_import_is_light():
+    """Importing loads no Triton and starts no GPU, so it works where there is neither."""
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, psa_kernels, psa_kernels.testing; "
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,345 @@
+"""``pyramid_attention`` on every backend against the oracle, and the oracle against what it must equal."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from psa_kernels import BlockLayout, LevelPlan, pool_pyramid, pyramid_attention
+from psa_kernels.testing import assert_within_error_budget, error_budget, make_qkv, random_levels
+
+
+def check(backend, qkv, levels, **options):
+    """Out and lse of the backend lie within the error budget of the oracle."""
+    ref64 = pyramid_attention(*(x.double() for x in qkv), levels, impl="reference", return_lse=True, **options)
+    low = pyramid_attention(*qkv, levels, impl="reference", return_lse=True, **options)
+    got = pyramid_attention(*qkv, levels, impl=backend.impl, return_lse=True, **options)
+    assert got[0].dtype == qkv[0].dtype
+    assert got[1].dtype == torch.float32
+    for out, exact, rounded in zip(got, ref64, low, strict=True):
+        assert_within_error_budget(out, exact, rounded)
+
+
+def assert_equal_in_float64(out, other, low):
+    """Two float64 results differ by the error of float32, ``low``, scaled down to float64."""
+    single, double = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
+    assert (out - other).abs().max() <= error_budget(other, low, single) * double / single
+
+
+CASES = {
+    "one block": {},
+    "ragged both": {"q_len": 200, "kv_len": 333},
+    "one query": {"q_len": 1, "kv_len": 129},
+    "one key": {"q_len": 70, "kv_len": 1},
+    "tail of one": {"q_len": 129, "kv_len": 65},
+    "q longer": {"q_len": 150, "kv_len": 40},
+    "GQA 4": {"heads": 4, "kv_heads": 1, "q_len": 90, "kv_len": 140},
+    "GQA 2, batch": {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 90, "kv_len": 140},
+    "head_dim 16": {"head_dim": 16, "q_len": 100},
+    "head_dim 40": {"head_dim": 40, "q_len": 100},
+    "head_dim 80": {"head_dim": 80, "q_len": 100},
+    "head_dim 128": {"head_dim": 128, "q_len": 100},
+    "head_dim 256": {"head_dim": 256, "q_len": 70},
+    "kv_lengths": {"batch": 3, "q_len": 70, "kv_len": 150, "kv_lengths": (150, 67, 1)},
+    "a sample with no keys": {"batch": 2, "q_len": 70, "kv_len": 150, "kv_lengths": (0, 99)},
+    "causal": {"q_len": 200, "kv_len": 200, "is_causal": True},
+    "causal, more keys": {"q_len": 77, "kv_len": 200, "is_causal": True},
+    "causal decode": {"q_len": 1, "kv_len": 200, "is_causal": True},
+    "causal, GQA, kv_lengths": {
+        "batch": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "q_len": 70,
+        "kv_len": 130,
+        "is_causal": True,
+        "kv_lengths": (130, 100),
+    },
+    "own scale": {"q_len": 100, "scale": 0.3},
+    "two levels": {"q_len": 100, "num_levels": 2},
+    "one level": {"q_len": 100, "num_levels": 1},
+}
+OPTIONS = ("is_causal", "scale", "num_levels", "kv_lengths")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_equals_oracle(backend, name):
+    case = dict(CASES[name])
+    options = {key: case.pop(key) for key in OPTIONS if key in case}
+    if "kv_lengths" in options:
+        options["kv_lengths"] = torch.tensor(options["kv_lengths"], device=backend.device)
+    for dtype in backend.dtypes:
+        qkv = make_qkv(**case, dtype=dtype, device=backend.device, seed=1)
+        layout = BlockLayout(
+            qkv[0].shape[2],
+            qkv[1].shape[2],
+            block_q=64,
+            block_kv=64,
+            **{key: options[key] for key in ("num_levels", "is_causal") if key in options},
+        )
+        levels = random_levels(layout, batch=qkv[0].shape[0], heads=qkv[0].shape[1], device=backend.device, seed=2)
+        check(backend, qkv, levels, block_q=64, block_kv=64, **options)
+
+
+@pytest.mark.parametrize("block_kv", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_q", [16, 32, 64, 128])
+def test_every_block_size(backend, block_q, block_kv):
+    qkv = make_qkv(heads=1, q_len=150, kv_len=279, device=backend.device)
+    layout = BlockLayout(150, 279, block_q=block_q, block_kv=block_kv)
+    levels = random_levels(layout, heads=1, device=backend.device)
+    check(backend, qkv, levels, block_q=block_q, block_kv=block_kv)
+
+
+@pytest.mark.parametrize("level", range(1, 9))
+def test_one_level_at_every_tail(backend, level):
+    tails = range(1, 129) if backend.impl == "torch" or backend.device == "cuda" else (1, 2, 7, 64, 127, 128)
+    for tail in tails:
+        qkv = make_qkv(heads=1, q_len=16, kv_len=128 + tail, head_dim=16, device=backend.device, seed=tail)
+        levels = torch.full((1, 1, 1, 2), level, dtype=torch.int8, device=backend.device)
+        check(backend, qkv, levels, block_q=16, block_kv=128)
+
+
+def test_drawn_shapes_and_levels(backend):
+    @settings(max_examples=backend.examples)
+    @given(
+        q_len=st.integers(1, 150),
+        kv_len=st.integers(1, 300),
+        batch=st.integers(1, 2),
+        kv_heads=st.integers(1, 2),
+        group=st.sampled_from([1, 2, 4]),
+        head_dim=st.integers(16, 72),
+        block_q=st.sampled_from([16, 32, 64, 128]),
+        block_kv=st.sampled_from([16, 32, 64, 128]),
+        is_causal=st.booleans(),
+        dtype=st.sampled_from(backend.dtypes),
+        seed=st.integers(0, 2**16),
+    )
+    def run(q_len, kv_len, batch, kv_heads, group, head_dim, block_q, block_kv, is_causal, dtype, seed):
+        kv_len = max(kv_len, q_len) if is_causal else kv_len
+        heads = kv_heads * group
+        qkv = make_qkv(
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            q_len=q_len,
+            kv_len=kv_len,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=backend.device,
+            seed=seed,
+        )
+        layout = BlockLayout(q_len, kv_len, block_q=block_q, block_kv=block_kv, is_causal=is_causal)
+        levels = random_levels(layout, batch=batch, heads=heads, device=backend.device, seed=seed)
+        check(backend, qkv, levels, block_q=block_q, block_kv=block_kv, is_causal=is_causal)
+
+    run()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_oracle_at_level_1_is_dense_attention(is_causal):
+    qkv = make_qkv(batch=2, heads=4, kv_heads=2, q_len=150, dtype=torch.float64)
+    levels = torch.ones(2, 4, 2, 2, dtype=torch.int8)
+    out = pyramid_attention(*qkv, levels, is_causal=is_causal, impl="reference")
+    dense, low = (
+        scaled_dot_product_attention(*(x.to(dtype) for x in qkv), is_causal=is_causal, enable_gqa=True)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_equal_in_float64(out, dense, low)
+
+
+def test_level_1_is_dense_attention(backend):
+    query, key, value = make_qkv(q_len=150, kv_len=203, device=backend.device)
+    levels = torch.ones(1, 2, 2, 2, dtype=torch.int8, device=backend.device)
+    out = pyramid_attention(query, key, value, levels, impl=backend.impl)
+    exact = scaled_dot_product_attention(query.double(), key.double(), value.double())
+    low = scaled_dot_product_attention(query.cpu(), key.cpu(), value.cpu())
+    assert_within_error_budget(out, exact, low)
+
+
+def test_values_of_one_give_one(backend):
+    query, key, value = make_qkv(q_len=100, kv_len=333, device=backend.device)
+    levels = random_levels(BlockLayout(100, 333, block_q=32, block_kv=64), device=backend.device)
+    levels[..., 0] = 7
+    out = pyramid_attention(query, key, torch.ones_like(value), levels, block_q=32, block_kv=64, impl=backend.impl)
+    ones = torch.ones_like(out, dtype=torch.float64)
+    assert_within_error_budget(out, ones, ones.to(out.dtype))
+
+
+def test_constant_groups_make_pooling_exact(backend):
+    """Where the tokens that a row merges are alike, pooling loses nothing, the ragged tail included."""
+    query, key, value = make_qkv(q_len=70, kv_len=150, device=backend.device)
+    key, value = (x[:, :, ::8].repeat_interleave(8, dim=2)[:, :, :150] for x in (key, value))
+    levels = torch.tensor([[4, 3, 4]], dtype=torch.int8, device=backend.device).expand(1, 2, 2, 3)
+    out = pyramid_attention(query, key, value, levels, block_q=64, block_kv=64, impl=backend.impl)
+    exact = scaled_dot_product_attention(query.double(), key.double(), value.double())
+    low = scaled_dot_product_attention(query.cpu(), key.cpu(), value.cpu())
+    assert_within_error_budget(out, exact, low)
+
+
+def test_blocks_may_be_cut_finer(backend):
+    """The same pattern over tokens gives the same result, whatever the blocks it is written in."""
+    qkv = make_qkv(q_len=130, kv_len=290, device=backend.device)
+    coarse = random_levels(BlockLayout(130, 290, block_q=64, block_kv=128, num_levels=5), device=backend.device)
+    exact = pyramid_attention(*(x.double() for x in qkv), coarse, block_q=64, impl="reference")
+    low = pyramid_attention(*qkv, coarse, block_q=64, impl="reference")
+    for block_q, block_kv in ((64, 128), (32, 64), (16, 16)):
+        finer = coarse.repeat_interleave(64 // block_q, dim=2).repeat_interleave(128 // block_kv, dim=3)
+        finer = finer[:, :, : -(-130 // block_q), : -(-290 // block_kv)]
+        out = pyramid_attention(*qkv, finer, block_q=block_q, block_kv=block_kv, impl=backend.impl)
+        assert_within_error_budget(out, exact, low)
+
+
+def test_nothing_to_read_gives_zero(backend):
+    qkv = make_qkv(q_len=100, device=backend.device)
+    levels = torch.ones(1, 2, 4, 4, dtype=torch.int8, device=backend.device)
+    levels[:, :, 1] = 0
+    out, lse = pyramid_attention(*qkv, levels, block_q=32, block_kv=32, return_lse=True, impl=backend.impl)
+    assert (out[:, :, 32:64] == 0).all()
+    assert (lse[:, :, 32:64] == -math.inf).all()
+    assert lse[:, :, 64:].isfinite().all()
+    assert out.isfinite().all()
+    nowhere = pyramid_attention(*qkv, levels * 0, block_q=32, block_kv=32, impl=backend.impl)
+    assert (nowhere == 0).all()
+
+
+def test_halves_merge_by_lse(backend):
+    query, key, value = make_qkv(q_len=80, kv_len=256, device=backend.device)
+    levels = random_levels(BlockLayout(80, 256, block_q=16, block_kv=64), device=backend.device)
+    levels[:, :, 2] = 0
+    options = {"block_q": 16, "block_kv": 64, "return_lse": True}
+    halves = [
+        pyramid_attention(
+            query,
+            key[:, :, part],
+            value[:, :, part],
+            levels[..., blocks].contiguous(),
+            impl=backend.impl,
+            **options,
+        )
+        for part, blocks in ((slice(0, 128), slice(0, 2)), (slice(128, 256), slice(2, 4)))
+    ]
+    lse = torch.logaddexp(halves[0][1], halves[1][1])
+    merged = sum(out * (part - lse).exp().nan_to_num(0)[..., None] for out, part in halves)
+    exact = pyramid_attention(query.double(), key.double(), value.double(), levels, impl="reference", **options)
+    low = pyramid_attention(query, key, value, levels, impl="reference", **options)
+    assert_within_error_budget(merged, exact[0], low[0])
+    assert_within_error_budget(lse, exact[1], low[1])
+
+
+def test_batch_is_a_loop_over_samples(backend):
+    qkv = make_qkv(batch=3, q_len=70, kv_len=130, device=backend.device)
+    levels = random_levels(BlockLayout(70, 130, block_q=32, block_kv=32), batch=3, device=backend.device)
+    lengths = torch.tensor([130, 64, 33], device=backend.device)
+    options = {"block_q": 32, "block_kv": 32, "impl": backend.impl}
+    out = pyramid_attention(*qkv, levels, kv_lengths=lengths, **options)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = pyramid_attention(*(x[one] for x in qkv), levels[one], kv_lengths=lengths[one], **options)
+        assert torch.equal(out[one], alone)
+
+
+def test_what_lies_past_a_length_has_no_part(backend):
+    query, key, value = make_qkv(batch=2, q_len=40, kv_len=150, device=backend.device)
+    levels = random_levels(BlockLayout(40, 150, block_q=32, block_kv=32), batch=2, device=backend.device)
+    lengths = torch.tensor([70, 33], device=backend.device)
+    options = {"block_q": 32, "block_kv": 32, "kv_lengths": lengths, "impl": backend.impl}
+    clean = pyramid_attention(query, key, value, levels, **options)
+    for b, length in enumerate(lengths.tolist()):
+        key[b, :, length:], value[b, :, length:] = math.nan, math.inf
+    assert torch.equal(pyramid_attention(query, key, value, levels, **options), clean)
+
+
+@pytest.mark.parametrize("view", ["transposed", "fused", "expanded", "reversed features"])
+def test_strides_do_not_matter(backend, view):
+    query, key, value = make_qkv(q_len=90, device=backend.device)
+    levels = random_levels(BlockLayout(90, 90, block_q=32, block_kv=32), device=backend.device)
+    if view == "transposed":
+        strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
+    elif view == "fused":
+        fused = torch.stack([x.transpose(1, 2) for x in (query, key, value)], dim=2)
+        strided = [x.transpose(1, 2) for x in fused.unbind(2)]
+    elif view == "expanded":
+        strided = [x[:, :1].expand(1, 2, 90, 32) for x in (query, key, value)]
+    else:
+        strided = [x.mT.contiguous().mT for x in (query, key, value)]
+    packed = [x.contiguous() for x in strided]
+    assert any(a.stride() != b.stride() for a, b in zip(strided, packed, strict=True))
+    options = {"block_q": 32, "block_kv": 32, "impl": backend.impl}
+    out = pyramid_attention(*strided, levels, **options)
+    assert torch.equal(out, pyramid_attention(*packed, levels, **options))
+
+
+def test_a_plan_takes_the_place_of_levels(backend):
+    qkv = make_qkv(q_len=90, device=backend.device)
+    layout = BlockLayout(90, 90, block_q=32, block_kv=32)
+    levels = random_levels(layout, device=backend.device)
+    options = {"block_q": 32, "block_kv": 32, "impl": backend.impl}
+    out = pyramid_attention(*qkv, LevelPlan.from_levels(levels, layout), **options)
+    assert torch.equal(out, pyramid_attention(*qkv, levels, **options))
+
+
+def test_same_bits_twice(backend):
+    qkv = make_qkv(q_len=200, device=backend.device)
+    levels = random_levels(BlockLayout(200, 200, block_q=64, block_kv=64), device=backend.device)
+    state = torch.get_rng_state()
+    first, second = (pyramid_attention(*qkv, levels, block_q=64, block_kv=64, impl=backend.impl) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sparse_differs_from_dense(backend):
+    qkv = make_qkv(q_len=256, device=backend.device)
+    dense = torch.ones(1, 2, 2, 2, dtype=torch.int8, device=backend.device)
+    pooled, skipped = dense.clone(), dense.clone()
+    pooled[..., 1], skipped[..., 1] = 4, 0
+    full, *others = (pyramid_attention(*qkv, x, impl=backend.impl) for x in (dense, pooled, skipped))
+    assert all((full - other).abs().max() > 1e-2 for other in others)
+
+
+def test_float64_on_torch_is_the_oracle():
+    qkv = make_qkv(q_len=90, dtype=torch.float64)
+    levels = random_levels(BlockLayout(90, 90, block_q=32, block_kv=32))
+    levels[..., 0] = 1
+    options = {"block_q": 32, "block_kv": 32, "return_lse": True}
+    exact = pyramid_attention(*qkv, levels, impl="reference", **options)
+    single = pyramid_attention(*(x.float() for x in qkv), levels, impl="reference", **options)
+    for out, ref, low in zip(pyramid_attention(*qkv, levels, impl="torch", **options), exact, single, strict=True):
+        assert out.dtype == torch.float64
+        assert_equal_in_float64(out, ref, low)
+
+
+def test_more_heads_than_a_grid_axis_holds():
+    heads = 65_537
+    query, key, value = make_qkv(heads=heads, kv_heads=1, q_len=16, head_dim=16)
+    levels = torch.ones(1, heads, 1, 1, dtype=torch.int8)
+    out = pyramid_attention(query, key, value, levels, block_q=16, block_kv=16, impl="torch")
+    last = pyramid_attention(query[:, -1:], key, value, levels[:, -1:], block_q=16, block_kv=16, impl="torch")
+    assert torch.equal(out[:, -1:], last)
+
+
+def test_oracle_pools_as_pool_pyramid_does():
+    query, key, value = make_qkv(heads=1, q_len=16, kv_len=100, dtype=torch.float64)
+    levels = torch.full((1, 1, 1, 1), 3, dtype=torch.int8)
+    rows = [pool_pyramid(x, block_kv=128, num_levels=3, impl="reference") for x in (key, value)]
+    bias = rows[0].counts(3).double().log()
+    dense, low = (
+        scaled_dot_product_attention(
+            *(x.to(dtype) for x in (query, rows[0].level(3), rows[1].level(3))),
+            attn_mask=bias.to(dtype).expand(16, -1),
+        )
+        for dtype in (torch.float64, torch.float32)
+    )
+    out = pyramid_attention(query, key, value, levels, block_q=16, impl="reference")
+    assert_equal_in_float64(out, dense, low)
+
+
+def test_oracle_is_differentiable():
+    qkv = [x.requires_grad_() for x in make_qkv(heads=1, q_len=10, head_dim=4, dtype=torch.float64)]
+    levels = torch.tensor([[[[1, 0, 2], [3, 2, 1], [0, 0, 0]]]], dtype=torch.int8)
+
+    def attend(*qkv):
+        return pyramid_attention(*qkv, levels, block_q=4, block_kv=4, impl="reference")
+
+    assert torch.autograd.gradcheck(attend, qkv)
