@@ -57,9 +57,7 @@ def wan21() -> WanPipeline:
         tokenizer=None,
         text_encoder=None,
         vae=wan_vae(),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=wan_transformer(),
     )
 
@@ -92,9 +90,7 @@ def wan22_5b(pipeline_class: type = WanPipeline) -> Any:
         tokenizer=None,
         text_encoder=None,
         vae=vae,
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=wan_transformer(in_channels=48, out_channels=48),
         expand_timesteps=True,
     )
@@ -168,6 +164,27 @@ def build() -> Callable[[str], Any]:
         return pipeline
 
     return build
+
+
+@pytest.fixture
+def build_transformer() -> Callable[..., Any]:
+    """Builds a "wan" or "cogvideox" transformer with changes to its configuration."""
+
+    def build_transformer(name: str, **changes: Any) -> Any:
+        return {"wan": wan_transformer, "cogvideox": cogvideox_transformer}[name](**changes)
+
+    return build_transformer
+
+
+@pytest.fixture
+def wan_call() -> dict[str, torch.Tensor]:
+    """Arguments for the forward of a Wan transformer: 128 tokens."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "hidden_states": torch.randn(1, 16, 2, 16, 16, generator=generator),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, 32, generator=generator),
+    }
 
 
 @pytest.fixture

@@ -94,9 +94,7 @@ def test_a_run_after_one_that_failed_inside_the_transformer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipeline = build("wan21")
-    with apply_pyramid_sparse_attention(
-        pipeline, make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1)
-    ) as handle:
+    with apply_pyramid_sparse_attention(pipeline, make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1)) as handle:
         expected = run(pipeline)
         with monkeypatch.context() as patched:
             patched.setattr(pipeline.transformer.blocks[1].ffn, "forward", None)
@@ -178,52 +176,43 @@ def test_video_to_video_counts_the_steps_it_executes(
         assert sparse_steps.of_run(run, pipeline) == [1, 2]
 
 
-@pytest.fixture
-def call() -> dict[str, torch.Tensor]:
-    return {
-        "hidden_states": torch.zeros(1, 16, 2, 16, 16),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.zeros(1, 16, 32),
-    }
-
-
 @torch.no_grad()
 def test_a_transformer_alone_needs_to_be_told_the_step(
-    build: Callable[[str], Any], make_preset: Callable[..., Preset], call: dict[str, torch.Tensor]
+    build: Callable[[str], Any], make_preset: Callable[..., Preset], wan_call: dict[str, torch.Tensor]
 ) -> None:
     transformer = build("wan21").transformer
     preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1, cooldown_steps=1)
     with apply_pyramid_sparse_attention(transformer, preset) as handle:
         with pytest.raises(StepError, match="at_step"):
-            transformer(**call)
+            transformer(**wan_call)
         for step in range(3):
             with handle.at_step(step, 3):
-                transformer(**call)
+                transformer(**wan_call)
         with pytest.raises(StepError):
-            transformer(**call)
+            transformer(**wan_call)
         assert handle.stats().dense_steps() == [0, 2]
         assert sorted(handle.stats().density_per_step()) == [0, 1, 2]
 
 
 @torch.no_grad()
 def test_a_transformer_alone_runs_sparse_where_no_step_is_dense(
-    build: Callable[[str], Any], sparse: Preset, call: dict[str, torch.Tensor]
+    build: Callable[[str], Any], sparse: Preset, wan_call: dict[str, torch.Tensor]
 ) -> None:
     transformer = build("wan21").transformer
     with apply_pyramid_sparse_attention(transformer, sparse) as handle:
-        transformer(**call)
+        transformer(**wan_call)
         assert list(handle.stats().density_per_step()) == [None]
         assert handle.stats().dense_steps() == []
 
 
 @torch.no_grad()
 def test_a_cache_context_that_carries_the_step_is_enough(
-    build: Callable[[str], Any], make_preset: Callable[..., Preset], call: dict[str, torch.Tensor]
+    build: Callable[[str], Any], make_preset: Callable[..., Preset], wan_call: dict[str, torch.Tensor]
 ) -> None:
     transformer = build("wan21").transformer
     preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1, cooldown_steps=1)
     with apply_pyramid_sparse_attention(transformer, preset) as handle:
         for step in range(4):
             with transformer.cache_context("cond", step_index=step, num_inference_steps=4):
-                transformer(**call)
+                transformer(**wan_call)
         assert handle.stats().dense_steps() == [0, 3]

@@ -10,12 +10,16 @@ from psa_integrations.steps import Step, StepError, StepFinder, is_dense_step
 
 
 class Pipeline:
+    """A pipeline in its denoising loop if it has a `run_length`."""
+
     def __init__(self, timesteps: list[float], run_length: int | None = None, **scheduler: Any) -> None:
         self.scheduler = SimpleNamespace(
             timesteps=torch.tensor(timesteps), num_inference_steps=len(timesteps), **scheduler
         )
+        self.current_timestep = None
         if run_length is not None:
             self.num_timesteps = run_length
+            self.current_timestep = torch.tensor(timesteps[-1])
 
 
 @pytest.mark.parametrize(
@@ -96,11 +100,24 @@ def test_tokens_of_a_given_frame_have_timestep_zero() -> None:
     assert StepFinder(pipeline).find(torch.tensor([[0.0, 0.0, 600.0, 600.0]])) == Step(1, 3)
 
 
-def test_a_run_that_starts_part_of_the_way_in_counts_from_its_start() -> None:
-    pipeline = Pipeline([900.0, 600.0, 300.0, 100.0], run_length=3)
+@pytest.mark.parametrize(
+    ("run_length", "scheduler"),
+    [(3, {}), (None, {"begin_index": 1, "step_index": None}), (4, {"begin_index": 1, "step_index": None})],
+    ids=["pipeline", "scheduler", "both"],
+)
+def test_a_run_that_starts_part_of_the_way_in_counts_from_its_start(
+    run_length: int | None, scheduler: dict[str, Any]
+) -> None:
+    pipeline = Pipeline([900.0, 600.0, 300.0, 100.0], run_length, **scheduler)
     finder = StepFinder(pipeline)
     assert finder.find(torch.tensor([600.0])) == Step(0, 3)
     assert finder.find(torch.tensor([100.0])) == Step(2, 3)
+
+
+def test_the_length_of_an_earlier_run_does_not_count() -> None:
+    pipeline = Pipeline([900.0, 600.0, 300.0], run_length=2)
+    pipeline.current_timestep = None
+    assert StepFinder(pipeline).find(torch.tensor([300.0])) == Step(2, 3)
 
 
 @pytest.mark.parametrize(("step_index", "expected"), [(None, Step(0, 4)), (1, Step(1, 4)), (2, Step(2, 4))])

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -95,43 +96,50 @@ class StepFinder:
         Reads `timestep` from its device only where neither `at` nor a cache context names the step.
         """
         known = self._by_hand or self._from_context
-        if known is None:
-            return self._from_schedule(timestep)
-        if known.total is None:
-            return Step(known.index, self._run_length())
-        return known
+        if known is not None and known.total is not None:
+            return known
+        run = self._run()
+        if known is not None:
+            return known if run is None else Step(known.index, run.total)
+        return None if run is None else run.find(timestep)
 
-    def _schedule(self) -> tuple[object, torch.Tensor] | None:
-        pipeline = None if self._pipeline is None else self._pipeline()
+    def _run(self) -> "_Run | None":
+        pipeline: Any = None if self._pipeline is None else self._pipeline()
         scheduler = getattr(pipeline, "scheduler", None)
-        # Before set_timesteps a scheduler lists its training timesteps, which are no run.
-        if getattr(scheduler, "num_inference_steps", None) is None:
-            return None
         timesteps = getattr(scheduler, "timesteps", None)
-        return (scheduler, timesteps) if isinstance(timesteps, torch.Tensor) else None
-
-    def _run_length(self) -> int | None:
-        found = self._schedule()
-        if found is None or self._pipeline is None:
+        # Before set_timesteps a scheduler lists its training timesteps, which are no run.
+        if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
             return None
-        # A run that starts part of the way in (video to video) takes the last num_timesteps entries.
-        length = getattr(self._pipeline(), "num_timesteps", None)
-        return int(length) if length else len(found[1])
+        # Video to video starts part of the way in. Where the scheduler was not told so, the pipeline in its loop
+        # knows how many steps it makes; outside of the loop that number is of an earlier run.
+        first = getattr(scheduler, "begin_index", None)
+        if first is None:
+            looping = getattr(pipeline, "current_timestep", None) is not None
+            first = len(timesteps) - pipeline.num_timesteps if looping else 0
+        return _Run(scheduler, timesteps, first)
 
-    def _from_schedule(self, timestep: torch.Tensor | float) -> Step | None:
-        found = self._schedule()
-        total = self._run_length()
-        if found is None or total is None:
-            return None
-        scheduler, schedule = found
+
+@dataclass(frozen=True)
+class _Run:
+    """The run a scheduler is set up for; it executes the entries of `schedule` from `first` on."""
+
+    scheduler: object
+    schedule: torch.Tensor
+    first: int
+
+    @property
+    def total(self) -> int:
+        return len(self.schedule) - self.first
+
+    def find(self, timestep: torch.Tensor | float) -> Step | None:
         # Image to video gives the tokens of the given frame timestep 0, so the largest one is the step's.
         now = float(torch.as_tensor(timestep).max())
-        first = len(schedule) - total
-        places = [i for i, t in enumerate(schedule.tolist()) if t == now and i >= first]
+        places = [place for place, t in enumerate(self.schedule[self.first :].tolist()) if t == now]
         if len(places) == 1:
-            return Step(places[0] - first, total)
-        if not hasattr(scheduler, "step_index"):
+            return Step(places[0], self.total)
+        if not hasattr(self.scheduler, "step_index"):
             return None
-        at = scheduler.step_index
-        index = 0 if at is None else int(at) - first
-        return Step(index, total) if 0 <= index < total else None
+        # Schedulers have no index before the first step of a run.
+        at = self.scheduler.step_index
+        index = 0 if at is None else at - self.first
+        return Step(index, self.total) if 0 <= index < self.total else None

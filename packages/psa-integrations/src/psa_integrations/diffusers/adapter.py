@@ -13,6 +13,10 @@ from psa_masks import TokenOrder, VideoGrid
 class SelfAttention(Protocol):
     """What a processor asks of the integration. Calls are made once per forward of a layer."""
 
+    @property
+    def active(self) -> bool:
+        """False once the integration has been taken off."""
+
     def runs_sparse(self, layer: int, attention_mask: Tensor | None) -> bool:
         """Whether this call is the processor's to compute; otherwise the model's own processor does."""
 
@@ -56,9 +60,7 @@ class Adapter(ABC):
         """Puts those arguments of forward in token order, in place, that have an entry per video token."""
 
     @abstractmethod
-    def order_hooks(
-        self, transformer: Any, current: Callable[[], TokenOrder | None]
-    ) -> list[RemovableHandle]:
+    def order_hooks(self, transformer: Any, current: Callable[[], TokenOrder | None]) -> list[RemovableHandle]:
         """Hooks that put the tokens in order behind the patch embedding and back after the output projection.
 
         Args:

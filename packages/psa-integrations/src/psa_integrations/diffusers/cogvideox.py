@@ -40,13 +40,9 @@ class CogVideoXAdapter(Adapter):
     def order_call(self, call: dict[str, Any], order: TokenOrder) -> None:
         rotary = call.get("image_rotary_emb")
         if rotary is not None:
-            call["image_rotary_emb"] = tuple(
-                in_order(table, order, 0, "image_rotary_emb") for table in rotary
-            )
+            call["image_rotary_emb"] = tuple(in_order(table, order, 0, "image_rotary_emb") for table in rotary)
 
-    def order_hooks(
-        self, transformer: Any, current: Callable[[], TokenOrder | None]
-    ) -> list[RemovableHandle]:
+    def order_hooks(self, transformer: Any, current: Callable[[], TokenOrder | None]) -> list[RemovableHandle]:
         def order_tokens(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             order = current()
             if order is None:
@@ -100,8 +96,7 @@ class CogVideoXProcessor(Processor):
             key = attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (
-                cat((x[:, :, :text], apply_rotary_emb(x[:, :, text:], image_rotary_emb)), dim=2)
-                for x in (query, key)
+                cat((x[:, :, :text], apply_rotary_emb(x[:, :, text:], image_rotary_emb)), dim=2) for x in (query, key)
             )
         out = self.attention.attend(self.layer, query, key, value)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))

@@ -2,9 +2,10 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -73,29 +74,27 @@ class TransformerSite:
         self._forwards: dict[VideoGrid, SparseForward] = {}
         self._processors: list[tuple[Any, Processor]] = []
         self._hooks: list[RemovableHandle] = []
-        self._cache_context: Callable[..., Any] | None = None
+        self._cache_context: Any = None
         self._warned = False
         self._step: int | None = None
         self._current: SparseForward | None = None
-        self._dense_layers = (
-            frozenset[int]() if self._sparse is None else frozenset(self._sparse.dense_layers)
-        )
+        self._dense_layers = frozenset[int]() if self._sparse is None else frozenset(self._sparse.dense_layers)
 
     def check(self) -> None:
         """Refuses, before anything is touched, what the integration cannot work with."""
         where = f"{self.name} ({type(self.transformer).__name__})"
         attentions = self._adapter.attentions(self.transformer)
+        for attention in attentions:
+            # Left behind by unfuse_qkv_projections, which puts back the processors it once found.
+            while isinstance(attention.processor, Processor) and not attention.processor.attention.active:
+                attention.set_processor(attention.processor.original)
         if any(isinstance(attention.processor, Processor) for attention in attentions):
-            raise RuntimeError(
-                f"{where} already has pyramid sparse attention: call remove() on its handle first"
-            )
+            raise RuntimeError(f"{where} already has pyramid sparse attention: call remove() on its handle first")
         if getattr(self.transformer, "_compiled_call_impl", None) is not None:
             raise RuntimeError(f"{where} is compiled: apply pyramid sparse attention first, then compile")
         beyond = sorted(layer for layer in self._dense_layers if layer >= len(attentions))
         if beyond:
-            raise ValueError(
-                f"dense_layers must be below the {len(attentions)} layers of {where}, got {beyond}"
-            )
+            raise ValueError(f"dense_layers must be below the {len(attentions)} layers of {where}, got {beyond}")
         for layer, attention in enumerate(attentions):
             if type(attention.processor) not in self._adapter.processor_classes:
                 known = ", ".join(cls.__name__ for cls in self._adapter.processor_classes)
@@ -136,14 +135,17 @@ class TransformerSite:
         self._current = None
         self._hooks, self._processors, self._cache_context = [], [], None
 
+    @property
+    def active(self) -> bool:
+        return bool(self._hooks)
+
     def runs_sparse(self, layer: int, attention_mask: Tensor | None) -> bool:
-        if not self._hooks:
+        if not self.active:
             return False
+        if self._current is not None and attention_mask is not None:
+            # A dense layer could not follow it either: the mask knows nothing of the token order.
+            raise UnsupportedError(f"layer {layer} of {self.name} was given an attention mask in a sparse step")
         sparse = self._current is not None and layer not in self._dense_layers
-        if sparse and attention_mask is not None:
-            sparse = self._supported(
-                "an attention mask was given to the self-attention, which it would not follow"
-            )
         if not sparse:
             self._stats.dense((self.name, self._step, layer))
         return sparse
@@ -179,7 +181,7 @@ class TransformerSite:
             return None
         if is_dense_step(step, warmup=self._sparse.warmup_steps, cooldown=self._sparse.cooldown_steps):
             return None
-        if not self._serves(module):
+        if not self._serves(module, call):
             return None
         grid = self._adapter.grid(module, call)
         self._current = self._forward(grid)
@@ -202,9 +204,11 @@ class TransformerSite:
             )
         return self._forwards[grid]
 
-    def _serves(self, module: nn.Module) -> bool:
-        """Whether the module's present state can be served."""
+    def _serves(self, module: nn.Module, call: dict[str, Any]) -> bool:
+        """Whether the call, in the module's present state, can run sparse."""
         assert self._sparse is not None
+        if (call.get("attention_kwargs") or {}).get("attention_mask") is not None:
+            return self._supported("attention_kwargs holds an attention mask, which sparse blocks cannot follow")
         parallel = getattr(module, "_parallel_config", None)
         if getattr(parallel, "context_parallel_config", None) is not None:
             return self._supported("context parallelism gives each device a part of the sequence only")
@@ -228,6 +232,8 @@ class TransformerSite:
         original = self.transformer.cache_context
         finder = self._finder
 
+        # Keeps the signature of the method: before diffusers 0.41 it takes the name alone, and callers look.
+        @wraps(original)
         @contextmanager
         def cache_context(name: str, **fields: Any) -> Iterator[None]:
             with (

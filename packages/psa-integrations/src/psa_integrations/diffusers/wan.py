@@ -29,7 +29,8 @@ class WanAdapter(Adapter):
             return "Wan2.1_1.3b"
         if (config.num_layers, config.num_attention_heads) == (40, 40) and pipeline is not None:
             # The transformers of 2.1 14B and of 2.2 A14B have one shape; only the pipeline tells them apart.
-            return "Wan2.1_14b" if pipeline.config.boundary_ratio is None else "Wan2.2_A14B"
+            two_stages = getattr(pipeline.config, "boundary_ratio", None) is not None
+            return "Wan2.2_A14B" if two_stages else "Wan2.1_14b"
         return None
 
     def grid(self, transformer: Any, call: dict[str, Any]) -> VideoGrid:
@@ -41,12 +42,8 @@ class WanAdapter(Adapter):
         if call["timestep"].ndim == 2:
             call["timestep"] = in_order(call["timestep"], order, 1, "timestep")
 
-    def order_hooks(
-        self, transformer: Any, current: Callable[[], TokenOrder | None]
-    ) -> list[RemovableHandle]:
-        def order_rotary(
-            module: nn.Module, args: Any, output: tuple[Tensor, ...]
-        ) -> tuple[Tensor, ...] | None:
+    def order_hooks(self, transformer: Any, current: Callable[[], TokenOrder | None]) -> list[RemovableHandle]:
+        def order_rotary(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             order = current()
             if order is None:
                 return None
@@ -99,9 +96,7 @@ class WanProcessor(Processor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         if not self.attention.runs_sparse(self.layer, attention_mask):
-            dense: Tensor = self.original(
-                attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
-            )
+            dense: Tensor = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return dense
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -111,9 +106,7 @@ class WanProcessor(Processor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))  # [B, L, H, D]
         if rotary_emb is not None:
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
-        out = self.attention.attend(
-            self.layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        )
+        out = self.attention.attend(self.layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))
         projected: Tensor = attn.to_out[1](out)
         return projected

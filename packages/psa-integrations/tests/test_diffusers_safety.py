@@ -1,0 +1,303 @@
+"""What is touched, what is refused, and what survives."""
+
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import remove_hook_from_module
+from diffusers import FirstBlockCacheConfig
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from peft import LoraConfig
+from torch import nn
+
+from psa_config import Preset
+from psa_integrations import UnsupportedError, apply_pyramid_sparse_attention
+
+Build = Callable[..., Any]
+Run = Callable[..., torch.Tensor]
+MakePreset = Callable[..., Preset]
+Call = dict[str, torch.Tensor]
+
+
+def assert_same_but_for_rounding(out: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (out - expected).abs().max() / expected.abs().max()
+    assert error <= 1e-5, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("name", ["wan22_a14b", "cogvideox_5b"])
+def test_only_self_attention_processors_change(name: str, build: Build, sparse: Preset) -> None:
+    pipeline = build(name)
+    before = dict(pipeline.transformer.attn_processors)
+    with apply_pyramid_sparse_attention(pipeline, sparse):
+        after = pipeline.transformer.attn_processors
+        changed = {key for key in before if after[key] is not before[key]}
+        assert changed == {key for key in before if ".attn1." in key}
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipeline.vae.modules())
+
+
+@pytest.mark.parametrize("name", ["wan22_a14b", "cogvideox_5b"])
+def test_remove_leaves_no_hook_and_no_attribute(name: str, build: Build, sparse: Preset) -> None:
+    pipeline = build(name)
+    attributes = set(vars(pipeline.transformer))
+    with apply_pyramid_sparse_attention(pipeline, sparse) as handle:
+        assert any(m._forward_hooks for m in pipeline.transformer.modules())
+    assert handle.presets == {}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipeline.transformer.modules())
+    assert set(vars(pipeline.transformer)) == attributes
+
+
+def test_applying_twice_is_refused_until_removed(build: Build, sparse: Preset) -> None:
+    pipeline = build("wan22_a14b")
+    handle = apply_pyramid_sparse_attention(pipeline, sparse)
+    with pytest.raises(RuntimeError, match="already has pyramid sparse attention"):
+        apply_pyramid_sparse_attention(pipeline.transformer_2, sparse)
+    handle.remove()
+    apply_pyramid_sparse_attention(pipeline, sparse).remove()
+
+
+def test_a_refusal_of_one_transformer_leaves_both_untouched(build: Build, run: Run, sparse: Preset) -> None:
+    pipeline = build("wan22_a14b")
+    expected = run(pipeline)
+    pipeline.transformer_2.blocks[1].attn1.set_processor(OwnProcessor())
+    with pytest.raises(UnsupportedError):
+        apply_pyramid_sparse_attention(pipeline, sparse)
+    assert torch.equal(run(pipeline), expected)
+
+
+class OwnProcessor(WanAttnProcessor):
+    """A processor that may compute something else."""
+
+
+def test_an_unknown_processor_is_refused_or_left_alone(build: Build, run: Run, sparse: Preset) -> None:
+    pipeline = build("wan21")
+    pipeline.transformer.blocks[1].attn1.set_processor(OwnProcessor())
+    expected = run(pipeline)
+    with pytest.raises(UnsupportedError, match=r"layer 1 of transformer .* got OwnProcessor"):
+        apply_pyramid_sparse_attention(pipeline, sparse)
+    with pytest.warns(UserWarning, match="this transformer stays dense"):
+        handle = apply_pyramid_sparse_attention(pipeline, sparse, on_unsupported="dense")
+    assert torch.equal(run(pipeline), expected)
+    assert handle.presets == {}
+
+
+def test_a_head_dim_beyond_the_kernel_is_refused_at_once(build_transformer: Build, sparse: Preset) -> None:
+    transformer = build_transformer("wan", num_attention_heads=1, attention_head_dim=264)
+    with pytest.raises(UnsupportedError, match=r"head_dim must be at most 256 .* got 264 in layer 0"):
+        apply_pyramid_sparse_attention(transformer, sparse)
+    apply_pyramid_sparse_attention(transformer, sparse, impl="torch").remove()
+
+
+def test_processors_replaced_by_fusing_cogvideox_are_noticed(build: Build, run: Run, sparse: Preset) -> None:
+    pipeline = build("cogvideox_5b")
+    expected = run(pipeline)
+    handle = apply_pyramid_sparse_attention(pipeline, sparse)
+    pipeline.transformer.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match="fuse_qkv_projections"):
+        run(pipeline)
+    handle.remove()
+    assert_same_but_for_rounding(run(pipeline), expected)
+    # Puts back what was there when the projections were fused: the removed handle's processors.
+    pipeline.transformer.unfuse_qkv_projections()
+    assert torch.equal(run(pipeline), expected)
+    with apply_pyramid_sparse_attention(pipeline, sparse) as again:
+        assert not torch.equal(run(pipeline), expected)
+        assert again.stats().dense_steps() == []
+
+
+def test_a_processor_set_later_is_not_overwritten(build: Build, sparse: Preset) -> None:
+    transformer = build("wan21").transformer
+    handle = apply_pyramid_sparse_attention(transformer, sparse)
+    own = OwnProcessor()
+    transformer.blocks[0].attn1.set_processor(own)
+    handle.remove()
+    assert transformer.blocks[0].attn1.processor is own
+    assert type(transformer.blocks[1].attn1.processor) is WanAttnProcessor
+
+
+@torch.no_grad()
+def test_an_attention_mask_is_refused_or_followed(build: Build, sparse: Preset) -> None:
+    transformer = build("cogvideox_2b").transformer
+    tokens = 16 + 3 * 8 * 12
+    generator = torch.Generator().manual_seed(4)
+    mask = torch.zeros(2, 1, tokens).masked_fill_(torch.arange(tokens) >= 64, -10000.0)
+    call = {
+        "hidden_states": torch.randn(1, 3, 4, 16, 24, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 16, 32, generator=generator),
+        "timestep": torch.tensor([500]),
+        "attention_kwargs": {"attention_mask": mask},
+    }
+    expected = transformer(**call).sample
+    with (
+        apply_pyramid_sparse_attention(transformer, sparse),
+        pytest.raises(UnsupportedError, match="attention mask"),
+    ):
+        transformer(**call)
+    with (
+        apply_pyramid_sparse_attention(transformer, sparse, on_unsupported="dense") as handle,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(transformer(**call).sample, expected)
+        assert handle.stats().density == 1.0
+    assert len([w for w in caught if "attention mask" in str(w.message)]) == 1
+
+
+@torch.no_grad()
+def test_a_mask_that_appears_inside_a_sparse_step_is_refused(
+    build: Build, make_preset: MakePreset, wan_call: Call
+) -> None:
+    transformer = build("wan21").transformer
+    mask = torch.zeros(1, 1, 128, 128)
+    transformer.blocks[0].attn1.register_forward_pre_hook(lambda module, args: (*args[:2], mask, *args[3:]))
+    preset = make_preset((0.25, 0.4, 0.6, 0.75), dense_layers=(0,))
+    with (
+        apply_pyramid_sparse_attention(transformer, preset, on_unsupported="dense"),
+        pytest.raises(UnsupportedError, match="layer 0 of transformer was given an attention mask"),
+    ):
+        transformer(**wan_call)
+
+
+@torch.no_grad()
+def test_context_parallelism_is_refused_or_run_dense(build: Build, sparse: Preset, wan_call: Call) -> None:
+    transformer = build("wan21").transformer
+    expected = transformer(**wan_call).sample
+    transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
+    with (
+        apply_pyramid_sparse_attention(transformer, sparse),
+        pytest.raises(UnsupportedError, match="context parallelism"),
+    ):
+        transformer(**wan_call)
+    with (
+        apply_pyramid_sparse_attention(transformer, sparse, on_unsupported="dense"),
+        pytest.warns(UserWarning, match="context parallelism"),
+    ):
+        out = transformer(**wan_call).sample
+    assert torch.equal(out, expected)
+
+
+def test_settings_of_the_dense_attention_reach_the_models_own_processor(build: Build, sparse: Preset) -> None:
+    transformer = build("wan21").transformer
+    attention = transformer.blocks[0].attn1
+    original = attention.processor
+    with apply_pyramid_sparse_attention(transformer, sparse):
+        attention.set_attention_backend("_native_math")
+        attention.processor._parallel_config = "as diffusers sets it"
+        assert attention.processor._attention_backend == AttentionBackendName("_native_math")
+    assert original._attention_backend == AttentionBackendName("_native_math")
+    assert original._parallel_config == "as diffusers sets it"
+
+
+@torch.no_grad()
+def test_a_cache_works_unless_the_token_order_changes_under_it(
+    build: Build, full: Preset, make_preset: MakePreset, wan_call: Call
+) -> None:
+    transformer = build("wan21").transformer
+    expected = transformer(**wan_call).sample
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with apply_pyramid_sparse_attention(transformer, full) as handle, transformer.cache_context("cond"):
+        assert_same_but_for_rounding(transformer(**wan_call).sample, expected)
+        assert handle.stats().dense_steps() == []
+    with (
+        apply_pyramid_sparse_attention(transformer, make_preset((1.0,) * 4, warmup_steps=1)) as handle,
+        transformer.cache_context("cond", step_index=2, num_inference_steps=4),
+        pytest.raises(UnsupportedError, match="cache"),
+    ):
+        transformer(**wan_call)
+
+
+def test_compiled_models_are_refused(build: Build, sparse: Preset) -> None:
+    transformer = build("wan21").transformer
+    with pytest.raises(RuntimeError, match="compiled"):
+        apply_pyramid_sparse_attention(torch.compile(transformer), sparse)
+    transformer.compile()
+    with pytest.raises(RuntimeError, match="compiled"):
+        apply_pyramid_sparse_attention(transformer, sparse)
+
+
+@torch.no_grad()
+def test_more_tokens_than_the_input_has_are_refused(build: Build, make_preset: MakePreset, wan_call: Call) -> None:
+    transformer = build("wan21").transformer
+    transformer.blocks[1].attn1.register_forward_pre_hook(
+        lambda module, args: (torch.cat((args[0], args[0]), dim=1), None, None, None)
+    )
+    with (
+        apply_pyramid_sparse_attention(transformer, make_preset((1.0,) * 4)),
+        pytest.raises(ValueError, match=r"layer 1 must get the 128 tokens of VideoGrid.*got 256"),
+    ):
+        transformer(**wan_call)
+
+
+@torch.no_grad()
+def test_timesteps_that_are_not_one_a_token_are_refused(build: Build, full: Preset, wan_call: Call) -> None:
+    transformer = build("wan21").transformer
+    wan_call["timestep"] = torch.zeros(1, 127)
+    with (
+        apply_pyramid_sparse_attention(transformer, full),
+        pytest.raises(ValueError, match="timestep must have one entry for each of the 128 video tokens, got 127"),
+    ):
+        transformer(**wan_call)
+
+
+def test_wrong_arguments(build: Build, sparse: Preset, make_preset: MakePreset) -> None:
+    pipeline = build("wan21")
+    for model in (object(), nn.Linear(2, 2), None):
+        with pytest.raises(TypeError, match="transformer"):
+            apply_pyramid_sparse_attention(model, sparse)
+    with pytest.raises(ValueError, match=r"on_unsupported must be one of .* got 'ignore'"):
+        apply_pyramid_sparse_attention(pipeline, sparse, on_unsupported="ignore")
+    with pytest.raises(ValueError, match="preset_2 is for a second transformer"):
+        apply_pyramid_sparse_attention(pipeline, sparse, preset_2=sparse)
+    with pytest.raises(ValueError, match=r"dense_layers must be below the 2 layers .* got \[2, 7\]"):
+        apply_pyramid_sparse_attention(pipeline, make_preset((1.0,) * 4, dense_layers=(0, 2, 7)))
+    with pytest.raises(ValueError, match=r"preset must name its model, as 'Model/preset'.* got 'psa_balanced'"):
+        apply_pyramid_sparse_attention(pipeline, "psa_balanced")
+    with pytest.raises(TypeError, match=r"preset must be a psa_config.Preset or a str, got dict"):
+        apply_pyramid_sparse_attention(pipeline, {})
+    apply_pyramid_sparse_attention(pipeline, sparse).remove()
+
+
+def test_offload_hooks_reinstalled_between_runs_keep_it(build: Build, run: Run, full: Preset) -> None:
+    pipeline = build("wan21")
+    expected = run(pipeline)
+    accelerate.cpu_offload_with_hook(pipeline.transformer, torch.device("cpu"))
+    with apply_pyramid_sparse_attention(pipeline, full) as handle:
+        for _ in range(2):
+            handle.reset_stats()
+            assert_same_but_for_rounding(run(pipeline), expected)
+            assert handle.stats().calls == 3 * 2 * 2
+            assert handle.stats().dense_steps() == []
+            # What pipelines do at the end of a run with model offload.
+            remove_hook_from_module(pipeline.transformer, recurse=True)
+            accelerate.cpu_offload_with_hook(pipeline.transformer, torch.device("cpu"))
+
+
+def test_group_offload(build: Build, run: Run, full: Preset) -> None:
+    pipeline = build("wan21")
+    expected = run(pipeline)
+    with apply_pyramid_sparse_attention(pipeline, full) as handle:
+        pipeline.transformer.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+        )
+        assert_same_but_for_rounding(run(pipeline), expected)
+        assert handle.stats().dense_steps() == []
+
+
+@pytest.mark.parametrize("name", ["wan21", "cogvideox_5b"])
+def test_lora_adapters_take_part(name: str, build: Build, run: Run, full: Preset) -> None:
+    pipeline = build(name)
+    without = run(pipeline)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline.transformer.add_adapter(
+            LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+        )
+    expected = run(pipeline)
+    assert not torch.allclose(without, expected)
+    with apply_pyramid_sparse_attention(pipeline, full):
+        assert_same_but_for_rounding(run(pipeline), expected)
