@@ -94,9 +94,7 @@ def levels(value: object, layout: BlockLayout | None = None) -> Tensor:
     if value.dtype != torch.int8:
         raise TypeError(f"levels must be torch.int8, got {value.dtype}")
     if value.ndim != 4 or 0 in value.shape[2:]:
-        raise ValueError(
-            f"levels must have shape [B, H, num_q_blocks, num_kv_blocks], got {list(value.shape)}"
-        )
+        raise ValueError(f"levels must have shape [B, H, num_q_blocks, num_kv_blocks], got {list(value.shape)}")
     if layout is not None and tuple(value.shape[2:]) != (layout.num_q_blocks, layout.num_kv_blocks):
         raise ValueError(
             f"levels must have the layout's {layout.num_q_blocks} x {layout.num_kv_blocks} blocks, "

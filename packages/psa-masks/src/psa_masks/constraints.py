@@ -34,10 +34,9 @@ def cap_by_similarity(levels: Tensor, similarity: Tensor, thresholds: Sequence[f
     """
     checks.levels(levels)
     limits = checks.thresholds("thresholds", thresholds)
-    if not isinstance(similarity, Tensor) or similarity.dtype != torch.float32:
-        raise TypeError(
-            f"similarity must be a float32 tensor, got {getattr(similarity, 'dtype', similarity)!r}"
-        )
+    if not isinstance(similarity, Tensor) or similarity.dtype not in (torch.float32, torch.float64):
+        kind = similarity.dtype if isinstance(similarity, Tensor) else type(similarity).__name__
+        raise TypeError(f"similarity must be a float32 or float64 tensor, got {kind}")
     batch, heads, _, num_kv_blocks = levels.shape
     shape = tuple(similarity.shape)
     if len(shape) != 4 or shape[0] != batch or shape[2] != num_kv_blocks or shape[3] < len(limits):

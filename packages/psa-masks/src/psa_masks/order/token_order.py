@@ -26,7 +26,8 @@ class TokenOrder:
 
     def __init__(self, order: Tensor) -> None:
         if not isinstance(order, Tensor) or order.dtype != torch.int64:
-            raise TypeError(f"order must be an int64 tensor, got {getattr(order, 'dtype', order)!r}")
+            kind = order.dtype if isinstance(order, Tensor) else type(order).__name__
+            raise TypeError(f"order must be an int64 tensor, got {kind}")
         if order.ndim != 1:
             raise ValueError(f"order must have shape [n], got {list(order.shape)}")
         self.order = order.detach().to("cpu", copy=True)

@@ -1,0 +1,251 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from psa_kernels import BlockLayout, block_importance, pyramid_attention
+from psa_kernels.testing import make_qkv
+from psa_masks import MaskPolicy, density, levels_by_quota, levels_by_threshold
+
+PAPER = MaskPolicy(
+    mode="threshold",
+    bounds=(0.4, 0.5, 0.6, 0.8),
+    block_q=16,
+    block_kv=16,
+    similarity_thresholds=(0.7, 0.65, 0.6),
+    min_full=0.06,
+)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> MaskPolicy:
+    ends = draw(st.lists(st.integers(0, 100), min_size=1, max_size=3).map(sorted))
+    return MaskPolicy(
+        mode=draw(st.sampled_from(["threshold", "quota"])),
+        bounds=[end / 100 for end in ends],
+        block_q=draw(st.sampled_from([4, 16])),
+        block_kv=draw(st.sampled_from([4, 16])),
+        skip=draw(st.sampled_from(["drop", "mean"])),
+        min_full=draw(st.sampled_from([0.0, 0.3])),
+        reduction=draw(st.sampled_from(["max", "mean"])),
+        similarity_thresholds=draw(st.none() | st.just((0.4, 0.3))),
+        diagonal=draw(st.booleans()),
+        sinks=draw(st.integers(0, 5)),
+        is_causal=draw(st.booleans()),
+        seed=draw(st.integers(0, 3)),
+    )
+
+
+@settings(max_examples=60)
+@given(
+    policy=policies(),
+    q_len=st.integers(1, 40),
+    extra_keys=st.integers(0, 20),
+    kv_heads=st.integers(1, 2),
+    seed=st.integers(0, 2**32),
+)
+def test_every_map_can_be_attended_with(
+    policy: MaskPolicy, q_len: int, extra_keys: int, kv_heads: int, seed: int
+) -> None:
+    query, key, value = make_qkv(
+        heads=4, kv_heads=kv_heads, q_len=q_len, kv_len=q_len + extra_keys, head_dim=8, seed=seed
+    )
+    inputs, state = (query.clone(), key.clone()), torch.get_rng_state()
+    levels = policy(query, key)
+
+    layout = BlockLayout(q_len, q_len + extra_keys, block_q=policy.block_q, block_kv=policy.block_kv)
+    assert levels.shape == (1, 4, layout.num_q_blocks, layout.num_kv_blocks)
+    assert levels.dtype == torch.int8
+    assert levels.min() >= 0
+    assert levels.max() <= policy.num_levels
+    assert (levels == 1).any(dim=-1).all()
+    if policy.skip == "mean" and not policy.is_causal:
+        assert (levels > 0).all()
+    _, lse = pyramid_attention(
+        query,
+        key,
+        value,
+        levels,
+        block_q=policy.block_q,
+        block_kv=policy.block_kv,
+        is_causal=policy.is_causal,
+        return_lse=True,
+    )
+    assert lse.isfinite().all(), "a query sees no key"
+
+    assert torch.equal(policy(query, key), levels)
+    assert torch.equal(query, inputs[0])
+    assert torch.equal(key, inputs[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def planted(partner: Tensor, block: int, head_dim: int = 32) -> tuple[Tensor, Tensor]:
+    """Query block i looks only at key block ``partner[i]``."""
+    directions = torch.eye(head_dim)[: len(partner)] * 20
+    key = directions.repeat_interleave(block, dim=0)
+    query = directions[partner].repeat_interleave(block, dim=0)
+    return query[None, None], key[None, None]
+
+
+@pytest.mark.parametrize(("mode", "bounds"), [("threshold", (0.9,)), ("quota", (0.05,))])
+def test_finds_the_blocks_that_matter(mode: str, bounds: tuple[float, ...]) -> None:
+    partner = torch.randperm(12, generator=torch.Generator().manual_seed(4))
+    query, key = planted(partner, block=8)
+    levels = MaskPolicy(mode=mode, bounds=bounds, block_q=8, block_kv=8)(query, key)
+    assert torch.equal(levels[0, 0], torch.nn.functional.one_hot(partner, 12).to(torch.int8))
+
+
+def test_samples_a_quarter_of_each_block_unless_told() -> None:
+    query, key, _ = make_qkv(q_len=96, head_dim=16)
+    plain = MaskPolicy(mode="quota", bounds=(0.3, 0.6), block_q=16, block_kv=8)
+    for policy, samples_q, samples_kv in ((plain, 4, 2), (replace(plain, samples_q=16, samples_kv=1), 16, 1)):
+        importance = block_importance(query, key, block_q=16, block_kv=8, samples_q=samples_q, samples_kv=samples_kv)
+        assert torch.equal(policy(query, key), levels_by_quota(importance, (0.3, 0.6)))
+
+
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+def test_scale_seed_and_reduction_reach_the_scores(reduction: str) -> None:
+    query, key, _ = make_qkv(q_len=96, head_dim=16)
+    policy = MaskPolicy(mode="threshold", bounds=(0.5,), block_q=8, block_kv=8, reduction=reduction, seed=5)
+    importance = block_importance(
+        query, key, block_q=8, block_kv=8, samples_q=2, samples_kv=2, reduction=reduction, scale=0.7, seed=5
+    )
+    assert torch.equal(policy(query, key, scale=0.7), levels_by_threshold(importance, (0.5,)))
+    assert not torch.equal(policy(query, key, scale=0.7), replace(policy, seed=6)(query, key, scale=0.7))
+
+
+def test_cap_keeps_unlike_neighbours_apart() -> None:
+    query, _, _ = make_qkv(q_len=64, head_dim=32)
+    smooth, rough = torch.ones(1, 2, 64, 32), torch.randn(1, 2, 64, 32, generator=torch.Generator().manual_seed(2))
+    policy = MaskPolicy(mode="quota", bounds=(0.25, 1.0), block_q=16, block_kv=16, similarity_thresholds=(0.7,))
+    assert (policy(query, smooth) == 2).any()
+    assert (policy(query, rough) == 1).all()
+    assert torch.equal(
+        replace(policy, similarity_thresholds=(-1,))(query, rough),
+        replace(policy, similarity_thresholds=None)(query, rough),
+    )
+
+
+def test_mean_changes_skipped_blocks_only() -> None:
+    query, key, _ = make_qkv(q_len=200, head_dim=16)
+    dropped, tailed = PAPER(query, key), replace(PAPER, skip="mean")(query, key)
+    assert (dropped == 0).any()
+    assert torch.equal(tailed, dropped.masked_fill(dropped == 0, 5))
+    assert (PAPER.num_levels, replace(PAPER, skip="mean").num_levels) == (4, 5)
+    # One row of 16 for each dropped block, and 8 of the last block's tokens are one row as well.
+    layout = BlockLayout(200, 200, block_q=16, block_kv=16)
+    rows = (layout.q_sizes()[:, None] * (dropped == 0)).sum(dim=(-2, -1))
+    assert torch.allclose(density(tailed, layout), density(dropped, layout) + rows / 200**2)
+
+
+@pytest.mark.parametrize("mode", ["threshold", "quota"])
+def test_min_full_holds_in_both_modes(mode: str) -> None:
+    query, key, _ = make_qkv(q_len=160, head_dim=16)
+    policy = MaskPolicy(mode=mode, bounds=(0.0, 0.1), block_q=16, block_kv=16, min_full=0.3)
+    assert ((policy(query, key) == 1).sum(dim=-1) >= 3).all()
+
+
+def test_text_reads_and_is_read_in_full() -> None:
+    query, key, _ = make_qkv(q_len=160, head_dim=16)
+    for start, stop in ((0, 20), (141, 160)):
+        levels = replace(PAPER, protected=((start, stop),))(query, key)
+        blocks = slice(start // 16, -(-stop // 16))
+        assert (levels[:, :, blocks] == 1).all()
+        assert (levels[..., blocks] == 1).all()
+        assert (levels != 1).any()
+
+
+def test_kv_heads_are_shared_as_if_repeated() -> None:
+    query, key, _ = make_qkv(heads=6, kv_heads=2, q_len=120, head_dim=16)
+    assert torch.equal(PAPER(query, key), PAPER(query, key.repeat_interleave(3, dim=1)))
+
+
+def test_batch_equals_the_loop_over_samples() -> None:
+    query, key, _ = make_qkv(batch=3, q_len=120, head_dim=16)
+    lengths = torch.tensor([120, 70, 33])
+    together = PAPER(query, key, kv_lengths=lengths)
+    for sample in range(3):
+        one = slice(sample, sample + 1)
+        assert torch.equal(together[one], PAPER(query[one], key[one], kv_lengths=lengths[one]))
+
+
+def test_keys_past_the_length_do_not_matter() -> None:
+    query, key, _ = make_qkv(q_len=120, head_dim=16)
+    short = PAPER(query, key[:, :, :70])
+    key[:, :, 70:] = 100.0
+    assert torch.equal(PAPER(query, key, kv_lengths=torch.tensor([70]))[..., :5], short)
+
+
+def test_causal_map_is_what_is_executed() -> None:
+    query, key, _ = make_qkv(q_len=100, kv_len=120, head_dim=16)
+    for skip in ("drop", "mean"):
+        levels = replace(PAPER, is_causal=True, skip=skip, min_full=0.0)(query, key)
+        layout = BlockLayout(100, 120, block_q=16, block_kv=16, is_causal=True)
+        assert torch.equal(layout.executed_levels(levels), levels)
+        assert not levels[..., ~layout.visible(levels.device)].any()
+        assert (levels[:, :, -1] != 1).any()
+
+
+def test_compiles_without_a_graph_break() -> None:
+    query, key, _ = make_qkv(q_len=100, head_dim=16)
+    policy = replace(PAPER, skip="mean", protected=((90, 100),), sinks=1)
+    compiled = torch.compile(lambda q, k: policy(q, k), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(query, key), policy(query, key))
+
+
+@pytest.mark.gpu
+def test_gpu_never_waits_and_agrees_with_the_cpu() -> None:
+    query, key, _ = make_qkv(heads=4, kv_heads=2, q_len=1000, head_dim=64)
+    policy = replace(PAPER, block_q=128, block_kv=64, skip="mean", protected=((900, 1000),), diagonal=True)
+    on_gpu = query.cuda(), key.cuda()
+    policy(*on_gpu)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        levels = policy(*on_gpu)
+        share = density(levels, BlockLayout(1000, 1000, block_q=128, block_kv=64))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = policy(query, key)
+    # Scores that differ in their last bits may swap two blocks beside a bound, no more than that.
+    assert (levels.cpu() == expected).float().mean() > 0.99
+    assert share.shape == (1, 4)
+
+
+def test_policies_are_values() -> None:
+    spelt = MaskPolicy(mode="quota", bounds=[0, 1], similarity_thresholds=[1], protected=[[0, 4]])
+    assert spelt == MaskPolicy(mode="quota", bounds=(0.0, 1.0), similarity_thresholds=(1.0,), protected=((0, 4),))
+    assert len({spelt, replace(spelt), replace(spelt, seed=1)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mode": "topk"}, ValueError, r"mode must be one of 'threshold', 'quota', got 'topk'"),
+        ({"skip": "keep"}, ValueError, r"skip must be one of 'drop', 'mean', got 'keep'"),
+        ({"bounds": (0.5, 0.4)}, ValueError, r"bounds .* must not decrease"),
+        ({"block_kv": 2, "bounds": (0.1, 0.2, 0.3)}, ValueError, r"at most log2\(block_kv\) \+ 1 = 2 levels"),
+        ({"block_kv": 96}, ValueError, r"block_kv must be a power of two"),
+        ({"block_q": 0}, ValueError, r"block_q must be at least 1, got 0"),
+        ({"min_full": 2}, ValueError, r"min_full must be in \[0, 1\], got 2"),
+        ({"samples_q": 129}, ValueError, r"samples_q must be at most the block's 128 tokens, got 129"),
+        ({"samples_kv": 0}, ValueError, r"samples_kv must be at least 1, got 0"),
+        ({"similarity_thresholds": ()}, ValueError, r"similarity_thresholds must hold at least one number"),
+        ({"block_kv": 2, "similarity_thresholds": (0, 0)}, ValueError, r"at most log2\(block_kv\) = 1 numbers"),
+        ({"protected": ((2, 1),)}, ValueError, r"protected\[0\] stop must be at least 2, got 1"),
+        ({"sinks": 1.5}, TypeError, r"sinks must be an int, got 1.5"),
+    ],
+)
+def test_refuses(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        MaskPolicy(**{"mode": "quota", "bounds": (0.5,), **options})
+
+
+def test_refuses_a_range_past_the_keys_and_an_unknown_method() -> None:
+    query, key, _ = make_qkv(q_len=32)
+    with pytest.raises(ValueError, match=r"protected ranges must end by kv_len 32, got \(0, 33\)"):
+        MaskPolicy(mode="quota", bounds=(0.5,), protected=((0, 33),))(query, key)
+    with pytest.raises(ValueError, match=r"method must be one of"):
+        MaskPolicy(mode="quota", bounds=(0.5,), method="guess")(query, key)
