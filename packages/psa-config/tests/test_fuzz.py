@@ -93,9 +93,7 @@ def test_mutated_text(load: Callable[[bytes], PresetBook], form: str, data: st.D
     if isinstance(result, PresetError):
         assert_says_where(result, text)
     else:
-        assert all(
-            result.get(model, name).name == name for model in result.models for name in result.presets(model)
-        )
+        assert all(result.get(model, name).name == name for model in result.models for name in result.presets(model))
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

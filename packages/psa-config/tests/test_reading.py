@@ -97,9 +97,7 @@ def test_the_order_of_levels_does_not_matter(load: Load, form: str) -> None:
         ('{"1": [0, 0.5], "0": [0.5, 1]}', (0.5, 0.5, 0.5, 0.5)),
     ],
 )
-def test_a_level_left_out_is_an_empty_range(
-    load: Load, form: str, ratios: str, bounds: tuple[float, ...]
-) -> None:
+def test_a_level_left_out_is_an_empty_range(load: Load, form: str, ratios: str, bounds: tuple[float, ...]) -> None:
     text = with_ratios(form, "").replace("mask_ratios:\n", f"mask_ratios: {ratios}\n")
     assert pyramid(load(text).get("Wan")).mask_ratios.bounds == bounds
 

@@ -201,9 +201,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "path", "message"), MISTAKES, ids=[mistake[1] for mistake in MISTAKES]
-)
+@pytest.mark.parametrize(("old", "new", "path", "message"), MISTAKES, ids=[mistake[1] for mistake in MISTAKES])
 def test_one_mistake(problems: Problems, form: str, old: str, new: str, path: str, message: str) -> None:
     marked = form.replace(old, new, 1)
     before = marked[: marked.index("^")].split("\n")
@@ -214,9 +212,7 @@ def test_one_mistake(problems: Problems, form: str, old: str, new: str, path: st
 
 def test_all_mistakes_of_a_file_at_once(problems: Problems, form: str) -> None:
     text = form.replace("text_length: 226", "text_length: -1").replace("type: dense", "type: dens")
-    text = (
-        text.replace("m: 128", "m: 100").replace("2: [0.4", "2: [0.45").replace(": balanced", ": balance", 1)
-    )
+    text = text.replace("m: 128", "m: 100").replace("2: [0.4", "2: [0.45").replace(": balanced", ": balance", 1)
     text = text.replace("tile_n: 32", "tile_n: 32\n        n: 64")
     found = problems(text)
     assert [problem.path.removeprefix("Wan.attention_configs.") for problem in found] == [
@@ -247,13 +243,20 @@ def test_no_presets(problems: Problems) -> None:
     assert problem.message == "got an empty mapping, expected a mapping that is not empty"
 
 
-def test_a_mistake_behind_an_alias_stands_where_it_is_written(problems: Problems, form: str) -> None:
+def test_a_mistake_behind_an_alias_is_named_once_where_it_stands(problems: Problems, form: str) -> None:
     text = form.replace("    balanced:", "    balanced: &b").replace("warmup_steps: 12", "warmup_steps: x")
     text += "    tail:\n      <<: *b\n      skip: mean\n"
-    found = problems(text)
-    assert [problem.path.split(".")[2] for problem in found] == ["balanced", "tail"]
+    (problem,) = problems(text)
     line = text[: text.index("warmup_steps")].count("\n") + 1
-    assert {(problem.line, problem.column) for problem in found} == {(line, 21)}
+    assert (problem.line, problem.column, problem.path) == (line, 21, f"{B}.warmup_steps")
+
+
+def test_missing_keys_of_one_parent_are_each_named(problems: Problems, form: str) -> None:
+    found = problems(form.replace("    width_divisor: 16\n    height_divisor: 16\n", ""))
+    assert [(problem.line, problem.path) for problem in found] == [
+        (3, "Wan.video_scale.width_divisor"),
+        (3, "Wan.video_scale.height_divisor"),
+    ]
 
 
 def test_the_text_of_an_error(load: Callable[[str], PresetBook], form: str) -> None:

@@ -39,9 +39,7 @@ def pyramid(model: str, preset: str | None = None) -> PyramidSparseAttention:
     return attention
 
 
-@pytest.mark.parametrize(
-    ("model", "name", "mode", "n", "bounds", "warmup", "rearranged", "capped"), PUBLISHED
-)
+@pytest.mark.parametrize(("model", "name", "mode", "n", "bounds", "warmup", "rearranged", "capped"), PUBLISHED)
 def test_published_figures(
     model: str,
     name: str,

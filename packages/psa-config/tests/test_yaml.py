@@ -69,9 +69,7 @@ BROKEN = [
 @pytest.mark.parametrize(
     ("text", "line", "column", "path", "message"), BROKEN, ids=[str(row[0])[:24] for row in BROKEN]
 )
-def test_broken_yaml(
-    problems: Problems, text: str | bytes, line: int, column: int, path: str, message: str
-) -> None:
+def test_broken_yaml(problems: Problems, text: str | bytes, line: int, column: int, path: str, message: str) -> None:
     (problem,) = [problem for problem in problems(text) if problem.message.startswith(message)]
     assert (problem.line, problem.column, problem.path) == (line, column, path)
 

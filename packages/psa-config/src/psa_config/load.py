@@ -105,7 +105,7 @@ def _read(data: bytes, file: str) -> dict[str, ModelPresets]:
         for details in error.errors(include_url=False):
             problems += explain(details, node, file)
     if problems:
-        raise PresetError(problems)
+        raise PresetError(_once_each(problems))
     return entries
 
 
@@ -118,6 +118,15 @@ def _decode(data: bytes, file: str) -> str:
         column = len(lines[-1].decode()) + 1
         message = f"byte 0x{data[error.start]:02x} is not UTF-8, expected a file in UTF-8"
         raise PresetError([Problem(file, len(lines), column, "", message)]) from error
+
+
+def _once_each(problems: list[Problem]) -> list[Problem]:
+    """Without the repeats of a mistake that stands once in the text and reaches several presets by an alias."""
+    seen: dict[tuple[object, ...], Problem] = {}
+    for problem in problems:
+        name = problem.path.rpartition(".")[2]
+        seen.setdefault((problem.line, problem.column, name, problem.message), problem)
+    return list(seen.values())
 
 
 def _wrong_defaults(root: Node, file: str) -> list[Problem]:

@@ -53,9 +53,7 @@ Size = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 OptionalSize = Annotated[Size | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)]
-OptionalRange = Annotated[
-    tuple[Share, Share] | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)
-]
+OptionalRange = Annotated[tuple[Share, Share] | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)]
 
 
 class VideoScale(_Form):
@@ -131,7 +129,7 @@ class MaskRatios(_Form):
 class SimThresholds(_Form):
     """How alike neighbouring keys of a block must be, in mean cosine similarity, for it to be pooled so far.
 
-    -1 switches the cap of a level off, 1 forbids the level.
+    -1 always allows a level, 1 never does.
     """
 
     x2: Cosine = Field(default=0.7, description="For means of 2 tokens.")
@@ -186,9 +184,7 @@ class PyramidSparseAttention(_Form):
         default=(2, 8, 8), description="Frames, rows and columns of tokens in a cube."
     )
     use_sim_mask: bool = Field(default=False, description="Whether sim_thresholds cap the levels.")
-    sim_thresholds: SimThresholds = Field(
-        default=SimThresholds(), description="Similarity a block needs to be pooled."
-    )
+    sim_thresholds: SimThresholds = Field(default=SimThresholds(), description="Similarity a block needs to be pooled.")
     min_full: Share = Field(
         default=0.0,
         validation_alias=AliasChoices("min_full", "min_full_attn_ratio"),
@@ -197,9 +193,7 @@ class PyramidSparseAttention(_Form):
     skip: Literal["drop", "mean"] = Field(
         default="drop", description="What becomes of skipped blocks: nothing, or one row, their mean."
     )
-    samples: Samples = Field(
-        default_factory=Samples, description="Tokens sampled from a block for its importance."
-    )
+    samples: Samples = Field(default_factory=Samples, description="Tokens sampled from a block for its importance.")
     seed: Count = Field(default=0, description="Seed of the sampling.")
 
     @field_validator("samples")
