@@ -69,9 +69,7 @@ class PyramidAttention(nn.Module):
         ValueError: if nothing has the name `preset`.
     """
 
-    def __init__(
-        self, preset: Preset | str, grid: VideoGrid | None = None, *, impl: str | None = None
-    ) -> None:
+    def __init__(self, preset: Preset | str, grid: VideoGrid | None = None, *, impl: str | None = None) -> None:
         super().__init__()
         if grid is not None and not isinstance(grid, VideoGrid):
             raise TypeError(f"grid must be a psa_masks.VideoGrid or None, got {type(grid).__name__}")
@@ -100,8 +98,7 @@ class PyramidAttention(nn.Module):
             for name, tensor in (("query", query), ("key", key)):
                 if tensor.shape[2] != self.grid.seq_len:
                     raise ValueError(
-                        f"{name} must have the {self.grid.seq_len} tokens of {self.grid}, "
-                        f"got {tensor.shape[2]}"
+                        f"{name} must have the {self.grid.seq_len} tokens of {self.grid}, got {tensor.shape[2]}"
                     )
         if self._policy is None:
             return scaled_dot_product_attention(

@@ -1,17 +1,9 @@
 """Presets to masks: the one place where configuration meets the mask and token-order code."""
 
-from functools import cache
-
-from psa_config import DenseAttention, Preset, PresetBook, PyramidSparseAttention, load_presets
+from psa_config import DenseAttention, Preset, PyramidSparseAttention, load_presets
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order
 
 _MODES = {"thresholdbound": "threshold", "topk": "quota"}
-
-
-@cache
-def shipped_presets() -> PresetBook:
-    """The presets that come with psa_config, read once."""
-    return load_presets()
 
 
 def find_preset(preset: Preset | str, *, model: str | None = None) -> Preset:
@@ -32,14 +24,14 @@ def find_preset(preset: Preset | str, *, model: str | None = None) -> Preset:
         raise TypeError(f"preset must be a psa_config.Preset or a str, got {type(preset).__name__}")
     named_model, slash, name = preset.rpartition("/")
     if slash:
-        return shipped_presets().get(named_model, name)
+        return load_presets().get(named_model, name)
     if model is None:
-        known = ", ".join(shipped_presets().models)
+        known = ", ".join(load_presets().models)
         raise ValueError(
             "preset must name its model, as 'Model/preset', where the model cannot be told from its "
             f"configuration; got {preset!r}, known models: {known}"
         )
-    return shipped_presets().get(model, name)
+    return load_presets().get(model, name)
 
 
 def sparse_attention_of(preset: Preset) -> PyramidSparseAttention | None:
