@@ -88,7 +88,7 @@ def apply_pyramid_sparse_attention(
         on_unsupported: what to do where a layer cannot be served: an unknown attention processor, a head_dim
             above 256, an attention mask, context parallelism, a diffusers cache across dense and reordered
             steps. `"raise"` raises an UnsupportedError, at once where it can be known before a step;
-            `"dense"` warns once and runs dense.
+            `"dense"` warns once and runs dense, without statistics where nothing could be put on at all.
         impl: implementation of the operators, see psa_kernels.pyramid_attention.
 
     Returns:
