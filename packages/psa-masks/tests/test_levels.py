@@ -35,7 +35,7 @@ def row_by_threshold(row: list[float], ends: list[Fraction]) -> list[int]:
     levels, before = [0] * len(row), Fraction(0)
     for rank, block in enumerate(sorted(range(len(row)), key=lambda block: -row[block])):
         upto = before + Fraction(row[block]) / total
-        reached = [t for t, end in enumerate(ends, 1) if before < end or upto <= end or end == 1]
+        reached = [t for t, end in enumerate(ends, 1) if before < end or upto <= end]
         levels[block] = 1 if rank == 0 else reached[0] if reached else 0
         before = upto
     return levels

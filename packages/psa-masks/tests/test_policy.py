@@ -8,7 +8,7 @@ from torch import Tensor
 
 from psa_kernels import BlockLayout, block_importance, pyramid_attention
 from psa_kernels.testing import make_qkv
-from psa_masks import MaskPolicy, density, levels_by_quota, levels_by_threshold
+from psa_masks import MaskPolicy, density, keep_full, levels_by_quota, levels_by_threshold
 
 PAPER = MaskPolicy(
     mode="threshold",
@@ -187,6 +187,30 @@ def test_causal_map_is_what_is_executed() -> None:
         assert torch.equal(layout.executed_levels(levels), levels)
         assert not levels[..., ~layout.visible(levels.device)].any()
         assert (levels[:, :, -1] != 1).any()
+
+
+def test_causal_queries_all_see_a_key() -> None:
+    """One query is sampled of sixteen, and it wants a KV block that queries before it may not see."""
+    query = torch.ones(1, 1, 16, 8)
+    key = torch.arange(16.0)[:, None].expand(1, 1, 16, 8)
+    sizes = {"block_q": 16, "block_kv": 4, "is_causal": True}
+    importance = block_importance(query, key, samples_q=1, samples_kv=4, **sizes)
+    assert importance.argmax() > 0
+    levels = MaskPolicy(mode="quota", bounds=(0.25,), samples_q=1, samples_kv=4, **sizes)(query, key)
+    _, lse = pyramid_attention(query, key, key, levels, return_lse=True, **sizes)
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_diagonal_and_sinks_are_kept(is_causal: bool) -> None:
+    query, key, _ = make_qkv(q_len=100, kv_len=120, head_dim=16)
+    policy = MaskPolicy(
+        mode="quota", bounds=(0.1, 0.3), block_q=16, block_kv=16, diagonal=True, sinks=20, is_causal=is_causal
+    )
+    layout = BlockLayout(100, 120, block_q=16, block_kv=16, is_causal=is_causal)
+    importance = block_importance(query, key, block_q=16, block_kv=16, samples_q=4, samples_kv=4, is_causal=is_causal)
+    chosen = keep_full(levels_by_quota(importance, (0.1, 0.3)), layout, diagonal=True, sinks=20)
+    assert torch.equal(policy(query, key), layout.executed_levels(chosen))
 
 
 def test_compiles_without_a_graph_break() -> None:

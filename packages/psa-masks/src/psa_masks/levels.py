@@ -14,8 +14,8 @@ def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full
 
     The blocks of a row are taken in order of falling score (equal scores: the earlier block first) and
     their share of the row's sum is accumulated. A block gets the finest level t whose bound is not yet
-    used up: the shares before it add up to less than ``bounds[t - 1]``, or with its own to no more. The
-    block that crosses a bound therefore belongs to the finer side, and the kept blocks of a row hold at
+    used up: the shares before it add up to less than ``bounds[t - 1]``. The block that crosses a bound
+    therefore belongs to the finer side, and the kept blocks of a row hold at
     least ``bounds[-1]`` of its importance. Blocks past the last bound are skipped.
 
     The largest block of a row is level 1 whatever the bounds. A bound of 1 keeps all that is left, blocks
@@ -45,13 +45,12 @@ def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full
     # Summed after sorting, so that the same scores in another order give the same shares to the last bit.
     running = ordered.cumsum(dim=-1)
     total = running[..., -1:]
-    upto = running / total
-    before = torch.cat([torch.zeros_like(upto[..., :1]), upto[..., :-1]], dim=-1)
+    before = torch.cat([torch.zeros_like(total), running[..., :-1] / total], dim=-1)
 
     by_rank = torch.ones_like(blocks, dtype=torch.int8)
     for end in ends:
-        limit = end if end < 1.0 else math.inf  # shares may round to more than 1
-        kept = (before < limit) | (upto <= limit)
+        limit = end if end < 1.0 else math.inf  # blocks of score 0 have a whole row before them
+        kept = before < limit
         by_rank += ~kept
     by_rank = torch.where(kept, by_rank, 0)
     by_rank[..., :full] = 1
