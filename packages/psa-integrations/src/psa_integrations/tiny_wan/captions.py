@@ -86,9 +86,7 @@ def parse_caption(prompt: str) -> Caption:
         slot = _SLOT_OF.get(word)
         if slot is None:
             known = "; ".join(f"{name}: {', '.join(words)}" for name, words in SLOTS.items())
-            raise ValueError(
-                f"prompt has the word {raw!r}, which the tiny model does not know. It knows {known}"
-            )
+            raise ValueError(f"prompt has the word {raw!r}, which the tiny model does not know. It knows {known}")
         if found.setdefault(slot, word) != word:
             raise ValueError(f"prompt must name one {slot}, got {found[slot]!r} and {word!r}")
     return Caption(**found)
@@ -96,9 +94,7 @@ def parse_caption(prompt: str) -> Caption:
 
 def encode_captions(prompts: Sequence[str]) -> torch.Tensor:
     """Prompts to vocabulary indices, int64 [len(prompts), 4]; raises as `parse_caption` does."""
-    return torch.tensor([parse_caption(prompt).ids for prompt in prompts], dtype=torch.int64).reshape(
-        -1, len(SLOTS)
-    )
+    return torch.tensor([parse_caption(prompt).ids for prompt in prompts], dtype=torch.int64).reshape(-1, len(SLOTS))
 
 
 def evaluation_captions() -> list[Caption]:

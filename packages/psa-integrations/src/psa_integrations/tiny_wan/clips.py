@@ -2,7 +2,7 @@
 
 import torch
 
-from .captions import ABSENT, BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SLOTS
+from psa_integrations.tiny_wan.captions import ABSENT, BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SLOTS
 
 # Saturated and far apart: neither a grey background nor an anti-aliased edge passes for one of them.
 PALETTE = torch.tensor(
@@ -22,8 +22,7 @@ PALETTE = torch.tensor(
 def draw_attributes(batch: int, generator: torch.Generator) -> torch.Tensor:
     """Uniform colours, shapes, directions and backgrounds: int64 [batch, 4] on the generator's device."""
     columns = [
-        torch.randint(len(words), (batch,), generator=generator, device=generator.device)
-        for words in SLOTS.values()
+        torch.randint(len(words), (batch,), generator=generator, device=generator.device) for words in SLOTS.values()
     ]
     return torch.stack(columns, dim=1)
 

@@ -14,9 +14,9 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
-from .captions import COLOURS, DIRECTIONS, Caption, evaluation_captions
-from .clips import PALETTE, draw_attributes, draw_clips
-from .pipeline import TinyWanPipeline, load_pipeline
+from psa_integrations.tiny_wan.captions import COLOURS, DIRECTIONS, Caption, evaluation_captions
+from psa_integrations.tiny_wan.clips import PALETTE, draw_attributes, draw_clips
+from psa_integrations.tiny_wan.pipeline import TinyWanPipeline, load_pipeline
 
 # Backgrounds reach a chroma of 0.06, the dullest colour of the palette has 0.6.
 _MIN_CHROMA = 0.3
@@ -160,9 +160,7 @@ def markdown_table(samples: Sequence[Sample], title: str) -> str:
     ]
     for sample in samples:
         seen, verdict = sample.reading, "yes" if sample.colour_right and sample.direction_right else "no"
-        lines.append(
-            f"| {sample.caption} | {seen.colour or 'none'} | {seen.direction or 'none'} | {verdict} |"
-        )
+        lines.append(f"| {sample.caption} | {seen.colour or 'none'} | {seen.direction or 'none'} | {verdict} |")
     return "\n".join([*lines, ""])
 
 

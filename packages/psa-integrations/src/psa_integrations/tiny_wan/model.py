@@ -9,7 +9,7 @@ import torch
 from diffusers import ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
-from .captions import VOCABULARY
+from psa_integrations.tiny_wan.captions import VOCABULARY
 
 TEXT_DIM = 64
 PATCH = 4

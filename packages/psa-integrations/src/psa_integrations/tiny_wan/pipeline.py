@@ -20,8 +20,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .captions import encode_captions
-from .model import PATCH, CaptionEncoder, build_transformer
+from psa_integrations.tiny_wan.captions import encode_captions
+from psa_integrations.tiny_wan.model import PATCH, CaptionEncoder, build_transformer
 
 # A shape's path is settled above a noise level of 0.95: a shift of 6 spends a quarter of the steps there.
 FLOW_SHIFT = 6.0
@@ -122,9 +122,7 @@ class TinyWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     flow = away + guidance_scale * (flow - away)
                 latents = self.scheduler.step(flow, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    latents = callback_on_step_end(self, step, timestep, {"latents": latents}).pop(
-                        "latents", latents
-                    )
+                    latents = callback_on_step_end(self, step, timestep, {"latents": latents}).pop("latents", latents)
                 bar.update()
         self.maybe_free_model_hooks()
         return TinyWanOutput(frames=_to_frames(latents, output_type))
@@ -213,11 +211,7 @@ def load_pipeline(
         FileNotFoundError: there are no weights at that place.
     """
     with contextlib.ExitStack() as stack:
-        root = (
-            Path(folder)
-            if folder is not None
-            else stack.enter_context(as_file(files(__package__) / "weights"))
-        )
+        root = Path(folder) if folder is not None else stack.enter_context(as_file(files(__package__) / "weights"))
         for part in ("transformer", "text_encoder"):
             if not (root / part / "diffusion_pytorch_model.safetensors").is_file():
                 raise FileNotFoundError(f"no tiny-wan weights: {root / part} holds no safetensors file")

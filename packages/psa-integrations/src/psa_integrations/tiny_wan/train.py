@@ -22,11 +22,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .captions import evaluation_captions
-from .clips import caption_ids, draw_attributes, draw_clips, drop_words
-from .evaluate import judge, totals
-from .model import CaptionEncoder
-from .pipeline import FLOW_SHIFT, TinyWanPipeline, build_random_pipeline
+from psa_integrations.tiny_wan.captions import evaluation_captions
+from psa_integrations.tiny_wan.clips import caption_ids, draw_attributes, draw_clips, drop_words
+from psa_integrations.tiny_wan.evaluate import judge, totals
+from psa_integrations.tiny_wan.model import CaptionEncoder
+from psa_integrations.tiny_wan.pipeline import FLOW_SHIFT, TinyWanPipeline, build_random_pipeline
 
 Size = tuple[int, int, int]
 CHECKPOINT = "checkpoint.pt"
@@ -131,9 +131,7 @@ class Trainer:
         self.steps += 1
         decay = min(recipe.ema_decay, (1 + self.steps) / (10 + self.steps))
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.parameters()), list(self.networks.parameters()), weight=1 - decay
-            )
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.networks.parameters()), weight=1 - decay)
         return loss.detach()
 
     def _loss(self, size: Size) -> torch.Tensor:
@@ -141,9 +139,7 @@ class Trainer:
         clean, ids = draw_batch(batch, size, draws)
         ids = drop_words(ids, draws, caption=self.recipe.drop_caption, word=self.recipe.drop_word)
         # Stratified, and shifted as the sampler's own steps are, so that training dwells where sampling does.
-        spread = torch.arange(batch, device=self.device) + torch.rand(
-            batch, generator=draws, device=self.device
-        )
+        spread = torch.arange(batch, device=self.device) + torch.rand(batch, generator=draws, device=self.device)
         sigma = shifted(spread / batch)
         noise = torch.randn(clean.shape, generator=draws, device=self.device)
         return flow_loss(self.networks, clean, noise, sigma, ids, self.autocast())
@@ -250,9 +246,7 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
     os.replace(partial, path)
 
 
-def train(
-    trainer: Trainer, out: Path, *, total_seconds: float, seconds: float, max_steps: int | None
-) -> None:
+def train(trainer: Trainer, out: Path, *, total_seconds: float, seconds: float, max_steps: int | None) -> None:
     """Steps until this run has lasted `seconds`, the whole schedule is over, or `max_steps` are done."""
     recipe, began, before = trainer.recipe, time.monotonic(), trainer.seconds
     checked, logged, logged_at = began, trainer.steps, began
@@ -299,9 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attention", choices=("default", "cudnn"), default="default")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
-    parser.add_argument(
-        "--smoke", action="store_true", help="a toy run that only shows that everything works"
-    )
+    parser.add_argument("--smoke", action="store_true", help="a toy run that only shows that everything works")
     options = parser.parse_args(argv)
 
     torch.set_float32_matmul_precision("high")

@@ -1,0 +1,96 @@
+"""Weights to a pipeline on its device."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from psa_integrations.cli.models import ModelSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    spec: ModelSpec,
+    *,
+    weights: Path | None = None,
+    lora: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Any:
+    """Loads a model's pipeline.
+
+    Args:
+        spec: which model.
+        weights: a local folder in diffusers' layout; None takes the shipped weights or those of the hub.
+        lora: a safetensors file, or a folder that holds one, to load on top.
+        device: None takes the GPU where there is one.
+        dtype: a key of DTYPES; None is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        OSError: weights or LoRA cannot be had; the message says where they were looked for.
+        ValueError: no such device.
+    """
+    place = _device(device)
+    precision = DTYPES[dtype] if dtype else torch.float32 if place.type == "cpu" else torch.bfloat16
+    if lora is not None:
+        _check_lora(lora)
+    if spec.hub is None:
+        from psa_integrations.tiny_wan import load_pipeline
+
+        pipeline: Any = load_pipeline(place, precision, folder=weights)
+    else:
+        pipeline = _load_diffusers(spec, weights, precision).to(place)
+    if lora is not None:
+        _load_lora(pipeline, lora)
+    return pipeline
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be a device of torch such as cpu or cuda:0, got {name}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name}, and torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _load_diffusers(spec: ModelSpec, weights: Path | None, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    if weights is not None and not (weights / "model_index.json").is_file():
+        raise FileNotFoundError(f"--weights must be a folder with a model_index.json, got {weights}")
+    argument = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+    # Wan's VAE loses visible detail in half precision.
+    precision = {"default": dtype, "vae": torch.float32} if spec.name.startswith("wan") else dtype
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(
+            weights or spec.hub,
+            use_safetensors=True,
+            local_files_only=weights is not None,
+            **{argument: precision},
+        )
+    except OSError as error:
+        if weights is not None:
+            raise
+        raise FileNotFoundError(
+            f"the weights of {spec.name} ({spec.hub}) are not in the local cache and could not be downloaded; "
+            f"go online or pass --weights FOLDER. diffusers says: {error}"
+        ) from error
+
+
+def _check_lora(path: Path) -> None:
+    if path.is_dir():
+        if not any(path.glob("*.safetensors")):
+            raise FileNotFoundError(f"--lora must hold a .safetensors file, and {path} has none")
+    elif path.suffix != ".safetensors" or not path.is_file():
+        raise FileNotFoundError(f"--lora must be a .safetensors file or a folder with one, got {path}")
+
+
+def _load_lora(pipeline: Any, path: Path) -> None:
+    folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
+    pipeline.load_lora_weights(str(folder), weight_name=name, use_safetensors=True, local_files_only=True)

@@ -1,0 +1,78 @@
+"""One video from one preset: what `psa generate` and `psa demo` share."""
+
+import argparse
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from psa_config import Preset
+from psa_integrations.cli.load import DTYPES
+from psa_integrations.cli.models import RunDefaults
+from psa_integrations.diffusers import apply_pyramid_sparse_attention
+
+
+@dataclass(frozen=True)
+class Result:
+    """A video [F, H, W, 3] in [0, 1], the seconds it took, and the mean density of its self-attention."""
+
+    video: np.ndarray
+    seconds: float
+    density: float
+
+
+def positive(text: str) -> int:
+    """Parses a positive integer for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what to sample and where; those left out are None."""
+    parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default 0)")
+    parser.add_argument("--width", type=positive, help="in pixels")
+    parser.add_argument("--height", type=positive, help="in pixels")
+    parser.add_argument("--frames", type=positive)
+    parser.add_argument("--steps", type=positive, help="denoising steps")
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance")
+    parser.add_argument("--negative-prompt", help="what to lead away from")
+    parser.add_argument("--fps", type=positive, help="frames a second of the file")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def chosen(options: argparse.Namespace, defaults: RunDefaults) -> RunDefaults:
+    """The options of `add_sampling_options`, with `defaults` where one was left out."""
+
+    def pick(name: str) -> Any:
+        given = getattr(options, name)
+        return getattr(defaults, name) if given is None else given
+
+    names = ("width", "height", "frames", "steps", "guidance", "fps")
+    return RunDefaults(**{name: pick(name) for name in names})
+
+
+def sample(pipeline: Any, preset: Preset, options: argparse.Namespace, run: RunDefaults) -> Result:
+    """Generates one video with the preset's attention; the pipeline is left as it was."""
+    pipeline.set_progress_bar_config(desc=preset.name, disable=options.quiet)
+    with apply_pyramid_sparse_attention(pipeline, preset) as applied:
+        began = time.perf_counter()
+        frames = pipeline(
+            prompt=options.prompt,
+            negative_prompt=options.negative_prompt,
+            width=run.width,
+            height=run.height,
+            num_frames=run.frames,
+            num_inference_steps=run.steps,
+            guidance_scale=run.guidance,
+            generator=torch.Generator().manual_seed(options.seed),
+            output_type="np",
+        ).frames[0]
+        seconds = time.perf_counter() - began
+        density = applied.stats().density
+    return Result(np.asarray(frames), seconds, density)

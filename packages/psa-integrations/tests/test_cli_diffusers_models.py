@@ -1,0 +1,137 @@
+"""`psa generate` on diffusers' own pipelines, saved to a folder at toy size."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import imageio.v3 as iio
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+from psa_integrations.cli import main
+
+TEXT_SIZE: dict[str, Any] = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 37,
+    "num_layers": 1,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+}
+
+
+def tokenizer() -> Any:
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = Whitespace()
+    model.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=226
+    )
+
+
+def save_wan(folder: Path) -> None:
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    diffusers.WanPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=UMT5EncoderModel(UMT5Config(**TEXT_SIZE)),
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    ).save_pretrained(folder)
+
+
+def save_cogvideox(folder: Path) -> None:
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=32,
+        num_layers=1,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    diffusers.CogVideoXPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=T5EncoderModel(T5Config(**TEXT_SIZE)),
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(autouse=True)
+def fixed_weights() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def density_printed(capsys: pytest.CaptureFixture[str]) -> float:
+    return float(capsys.readouterr().out.split("density")[1])
+
+
+def test_wan_from_a_local_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_wan(tmp_path / "wan")
+    out = tmp_path / "cat.mp4"
+    arguments = ["generate", "--model", "wan2.1-1.3b", "--weights", str(tmp_path / "wan"), "--prompt", "a cat"]
+    size = ["--width", "64", "--height", "32", "--frames", "5", "--steps", "17", "--quiet"]
+    assert main([*arguments, *size, "--out", str(out)]) == 0
+    assert iio.imread(out).shape == (5, 32, 64, 3)
+    # Fifteen warm-up steps of seventeen are dense.
+    assert 15 / 17 < density_printed(capsys) <= 1
+
+
+def test_the_four_step_recipe_of_cogvideox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_cogvideox(tmp_path / "cog")
+    called: dict[str, Any] = {}
+    plain = diffusers.CogVideoXPipeline.__call__
+
+    def recorded(pipeline: Any, **arguments: Any) -> Any:
+        called.update(arguments)
+        return plain(pipeline, **{**arguments, "width": 32, "height": 32, "num_frames": 9})
+
+    monkeypatch.setattr(diffusers.CogVideoXPipeline, "__call__", recorded)
+    out = tmp_path / "cat.mp4"
+    arguments = ["generate", "--model", "cogvideox-5b", "--weights", str(tmp_path / "cog"), "--prompt", "a cat"]
+    assert main([*arguments, "--preset", "psa_4steps", "--out", str(out), "--quiet"]) == 0
+    assert (called["num_inference_steps"], called["guidance_scale"]) == (4, 1.0)
+    assert (called["width"], called["height"], called["num_frames"]) == (720, 480, 49)
+    assert iio.imread(out).shape == (9, 32, 32, 3)
+    assert 0 < density_printed(capsys) <= 1
