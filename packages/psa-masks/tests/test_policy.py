@@ -221,6 +221,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks how a GPU is used")
 def test_gpu_never_waits_and_agrees_with_the_cpu() -> None:
     query, key, _ = make_qkv(heads=4, kv_heads=2, q_len=1000, head_dim=64)
     policy = replace(PAPER, block_q=128, block_kv=64, skip="mean", protected=((900, 1000),), diagonal=True)

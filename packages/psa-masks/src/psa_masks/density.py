@@ -15,10 +15,10 @@ def density(levels: Tensor, layout: BlockLayout | None = None) -> Tensor:
 
     A block read at level h costs ``2^-(h-1)`` of a full one, a skipped block nothing. Without a layout
     the result is the plain mean of these over all block pairs. With one, each pair counts by its tokens:
-    a query block of m tokens that reads a KV block of n tokens at level h executes ``m * ceil(n /
-    2^(h-1))`` of ``m * n`` products, so short last blocks weigh what they are. With a
-    causal layout the work is that of ``layout.executed_levels(levels)``, and dense work leaves out the
-    pairs wholly in the future. This is the number ``LevelPlan.density`` gives for the same map.
+    a query block of m tokens that reads a KV block of n tokens at level h executes ``m * ceil(n / 2^(h-1))``
+    of ``m * n`` products, so short last blocks weigh what they are. With a causal layout the work is that of
+    ``layout.executed_levels(levels)``, and dense work leaves out the pairs wholly in the future. This is the
+    number that ``LevelPlan.density`` gives for the same map.
 
     Args:
         levels: int8 ``[B, H, num_q_blocks, num_kv_blocks]``.
@@ -30,7 +30,7 @@ def density(levels: Tensor, layout: BlockLayout | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
 
-    Section 3 of Pyramid Sparse Attention (arXiv 2512.04025) defines the plain mean.
+    The plain mean is the density of Pyramid Sparse Attention (arXiv 2512.04025).
     """
     checks.levels(levels, layout)
     num_q_blocks, num_kv_blocks = levels.shape[2:]

@@ -12,11 +12,11 @@ from psa_masks import checks
 def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full: float = 0.0) -> Tensor:
     """Give the most important blocks of a row the finest levels, up to shares of the row's importance.
 
-    The blocks of a row are taken in order of falling score (equal scores: the earlier block first) and
-    their share of the row's sum is accumulated. A block gets the finest level t whose bound is not yet
-    used up: the shares before it add up to less than ``bounds[t - 1]``. The block that crosses a bound
-    therefore belongs to the finer side, and the kept blocks of a row hold at
-    least ``bounds[-1]`` of its importance. Blocks past the last bound are skipped.
+    The blocks of a row are taken in order of falling score (equal scores: the earlier block first) and their
+    share of the row's sum is accumulated. A block gets the finest level t whose bound is not yet used up: the
+    shares before it add up to less than ``bounds[t - 1]``. The block that crosses a bound therefore belongs to
+    the finer side, and the kept blocks of a row hold at least ``bounds[-1]`` of its importance. Blocks past
+    the last bound are skipped.
 
     The largest block of a row is level 1 whatever the bounds. A bound of 1 keeps all that is left, blocks
     of score 0 too. A row of zeros says nothing about its blocks, so all of them are level 1.
@@ -34,8 +34,8 @@ def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
 
-    The rule is section 3.2 of Pyramid Sparse Attention (arXiv 2512.04025), except that there the block
-    that crosses a bound goes to the coarser side, which can skip the most important block of all.
+    The rule is that of Pyramid Sparse Attention (arXiv 2512.04025), except that there the block that crosses
+    a bound goes to the coarser side, which can skip the most important block of all.
     """
     scores = checks.importance(importance)
     ends = checks.bounds(bounds)
@@ -75,6 +75,8 @@ def levels_by_quota(importance: Tensor, bounds: Sequence[float]) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
+
+    The quantile rule of Pyramid Sparse Attention (arXiv 2512.04025), with counts rounded up.
     """
     scores = checks.importance(importance)
     num_blocks = scores.shape[-1]
