@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from psa_integrations.tiny_wan import TinyWanPipeline, build_random_pipeline, load_pipeline
+from psa_integrations.tiny_wan.model import with_coordinates
 
 SMALL: dict[str, Any] = {"num_attention_heads": 1, "num_layers": 1, "ffn_dim": 32}
 CALL: dict[str, Any] = {"num_frames": 3, "height": 16, "width": 24, "num_inference_steps": 2}
@@ -22,9 +23,7 @@ def pipeline() -> TinyWanPipeline:
     return built
 
 
-def generate(
-    pipeline: TinyWanPipeline, prompt: str | list[str] = "a red ring", seed: int = 0, **call: Any
-) -> Any:
+def generate(pipeline: TinyWanPipeline, prompt: str | list[str] = "a red ring", seed: int = 0, **call: Any) -> Any:
     generator = torch.Generator().manual_seed(seed)
     return pipeline(prompt, generator=generator, **{**CALL, **call}).frames
 
@@ -96,6 +95,16 @@ def test_one_euler_step_is_noise_minus_the_predicted_flow(pipeline: TinyWanPipel
     ).frames
     hook.remove()
     assert torch.equal(result, noise - seen[0])
+
+
+def test_the_transformer_sees_the_video_and_where_each_pixel_is() -> None:
+    video = torch.randn((2, 3, 5, 8, 12), generator=torch.Generator().manual_seed(0))
+    seen = with_coordinates(video)
+    assert seen.shape == (2, 6, 5, 8, 12)
+    assert torch.equal(seen[:, :3], video)
+    for axis, size in enumerate((5, 8, 12)):
+        places = seen[1, 3 + axis].movedim(axis, 0)
+        assert torch.equal(places, torch.linspace(-1, 1, size)[:, None, None].expand_as(places))
 
 
 def test_the_step_is_told_to_the_transformer(pipeline: TinyWanPipeline) -> None:

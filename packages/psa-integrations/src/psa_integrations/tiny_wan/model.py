@@ -19,7 +19,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "patch_size": (1, PATCH, PATCH),
     "num_attention_heads": 4,
     "attention_head_dim": 64,
-    "in_channels": 3,
+    "in_channels": 6,
     "out_channels": 3,
     "text_dim": TEXT_DIM,
     "freq_dim": 128,
@@ -29,6 +29,23 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 128,
 }
+
+
+def with_coordinates(video: torch.Tensor) -> torch.Tensor:
+    """Appends to each pixel its place in time, height and width.
+
+    Rotary embeddings tell tokens their distances only. In pure noise nothing else shows which frame is the first
+    or which side is left, and the direction that a caption asks for could not be begun.
+
+    Args:
+        video: [B, 3, F, H, W].
+
+    Returns:
+        [B, 6, F, H, W]; the places run from -1 to 1 over the video, whatever its size.
+    """
+    axes = [torch.linspace(-1, 1, n, device=video.device, dtype=video.dtype) for n in video.shape[2:]]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    return torch.cat([video, places.expand(len(video), -1, -1, -1, -1)], dim=1)
 
 
 class CaptionEncoder(ModelMixin, ConfigMixin):

@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from psa_integrations.tiny_wan.captions import encode_captions
-from psa_integrations.tiny_wan.model import PATCH, CaptionEncoder, build_transformer
+from psa_integrations.tiny_wan.model import PATCH, CaptionEncoder, build_transformer, with_coordinates
 
 # A shape's path is settled above a noise level of 0.95: a shift of 6 spends a quarter of the steps there.
 FLOW_SHIFT = 6.0
@@ -137,7 +137,7 @@ class TinyWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> torch.Tensor:
         with _cache_context(self.transformer, name, where):
             flow: torch.Tensor = self.transformer(
-                hidden_states=video,
+                hidden_states=with_coordinates(video),
                 timestep=timestep.expand(len(video)),
                 encoder_hidden_states=words.to(video.dtype),
                 return_dict=False,

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from psa_integrations.tiny_wan.captions import evaluation_captions
 from psa_integrations.tiny_wan.clips import caption_ids, draw_attributes, draw_clips, drop_words
 from psa_integrations.tiny_wan.evaluate import judge, totals
-from psa_integrations.tiny_wan.model import CaptionEncoder
+from psa_integrations.tiny_wan.model import CaptionEncoder, with_coordinates
 from psa_integrations.tiny_wan.pipeline import FLOW_SHIFT, TinyWanPipeline, build_random_pipeline
 
 Size = tuple[int, int, int]
@@ -84,7 +84,10 @@ class Networks(torch.nn.Module):
         """Predicted flow of noisy clips [B, 3, F, H, W] at noise levels [B] under captions [B, 4]."""
         words = self.text_encoder(ids)
         flow: torch.Tensor = self.transformer(
-            hidden_states=seen, timestep=sigma * 1000, encoder_hidden_states=words, return_dict=False
+            hidden_states=with_coordinates(seen),
+            timestep=sigma * 1000,
+            encoder_hidden_states=words,
+            return_dict=False,
         )[0]
         return flow
 
