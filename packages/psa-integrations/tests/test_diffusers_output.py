@@ -1,6 +1,7 @@
 """What the pipelines compute with pyramid sparse attention on them, against what they compute without."""
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -106,6 +107,19 @@ def test_other_token_orders(
     expected = run(pipeline)
     with apply_pyramid_sparse_attention(pipeline, make_preset((1.0, 1.0, 1.0, 1.0), **changes)):
         assert_same_but_for_rounding(run(pipeline), expected)
+
+
+@pytest.mark.parametrize("name", ["wan21", "wan22_5b_i2v", "cogvideox_5b", "cogvideox_2b"])
+def test_blocks_are_cut_in_token_order(
+    name: str, build: Callable[[str], Any], run: Callable[..., torch.Tensor], make_preset: Callable[..., Preset]
+) -> None:
+    pipeline = build(name)
+    outputs = []
+    for changes in ({}, {"rearrange_method": "Cube"}, {"use_rearrange": False}):
+        with apply_pyramid_sparse_attention(pipeline, make_preset((0.25, 0.4, 0.6, 0.75), **changes)):
+            outputs.append(run(pipeline, height=256, width=288))
+    for one, other in combinations(outputs, 2):
+        assert (one - other).abs().max() / other.abs().max() > 1e-4
 
 
 def test_dense_layers_see_reordered_tokens_and_change_nothing(

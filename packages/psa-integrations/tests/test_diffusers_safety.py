@@ -17,6 +17,9 @@ from torch import nn
 
 from psa_config import Preset
 from psa_integrations import UnsupportedError, apply_pyramid_sparse_attention
+from psa_integrations.diffusers.cogvideox import CogVideoXAdapter
+from psa_integrations.diffusers.wan import WanAdapter
+from psa_masks import VideoGrid
 
 Build = Callable[..., Any]
 Run = Callable[..., torch.Tensor]
@@ -205,7 +208,8 @@ def test_a_cache_works_unless_the_token_order_changes_under_it(
         assert handle.stats().dense_steps() == []
     with (
         apply_pyramid_sparse_attention(transformer, make_preset((1.0,) * 4, warmup_steps=1)) as handle,
-        transformer.cache_context("cond", step_index=2, num_inference_steps=4),
+        handle.at_step(2, 4),
+        transformer.cache_context("cond"),
         pytest.raises(UnsupportedError, match="cache"),
     ):
         transformer(**wan_call)
@@ -242,6 +246,28 @@ def test_timesteps_that_are_not_one_a_token_are_refused(build: Build, full: Pres
         pytest.raises(ValueError, match="timestep must have one entry for each of the 128 video tokens, got 127"),
     ):
         transformer(**wan_call)
+
+
+@torch.no_grad()
+def test_outside_of_a_forward_nothing_is_reordered(build: Build, sparse: Preset, wan_call: Call) -> None:
+    transformer = build("wan21").transformer
+    expected = transformer.rope(wan_call["hidden_states"])
+    with apply_pyramid_sparse_attention(transformer, sparse):
+        transformer(**wan_call)
+        tables = transformer.rope(wan_call["hidden_states"])
+    assert all(torch.equal(*pair) for pair in zip(tables, expected, strict=True))
+
+
+@pytest.mark.parametrize("patch_size_t", [None, 2])
+def test_grids_are_read_from_the_input(build_transformer: Build, patch_size_t: int | None) -> None:
+    wan = build_transformer("wan")
+    call = {"hidden_states": torch.zeros(2, 16, 5, 14, 18)}
+    assert WanAdapter().grid(wan, call) == VideoGrid(frames=5, height=7, width=9)
+    cogvideox = build_transformer("cogvideox", patch_size_t=patch_size_t, sample_frames=17)
+    call = {"hidden_states": torch.zeros(2, 4, 4, 14, 18), "encoder_hidden_states": torch.zeros(2, 11, 32)}
+    assert CogVideoXAdapter().grid(cogvideox, call) == VideoGrid(
+        frames=4 // (patch_size_t or 1), height=7, width=9, text=11, text_first=True
+    )
 
 
 def test_wrong_arguments(build: Build, sparse: Preset, make_preset: MakePreset) -> None:

@@ -132,7 +132,6 @@ class TransformerSite:
                 attention.set_processor(processor.original)
         if self.transformer.__dict__.get("cache_context") is self._cache_context is not None:
             del self.transformer.__dict__["cache_context"]
-        self._current = None
         self._hooks, self._processors, self._cache_context = [], [], None
 
     @property
