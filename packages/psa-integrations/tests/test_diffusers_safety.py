@@ -225,6 +225,19 @@ def test_compiled_models_are_refused(build: Build, sparse: Preset) -> None:
 
 
 @torch.no_grad()
+def test_compiling_after_apply_changes_no_step(build: Build, make_preset: MakePreset, wan_call: Call) -> None:
+    transformer = build("wan21").transformer
+    with apply_pyramid_sparse_attention(transformer, make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1)) as handle:
+        compiled = torch.compile(transformer, backend="eager")
+        for step in range(3):
+            with handle.at_step(step, 3):
+                expected = transformer(**wan_call).sample
+                assert torch.equal(compiled(**wan_call).sample, expected)
+        assert handle.stats().dense_steps() == [0]
+        assert handle.stats().calls == 2 * 3 * 2
+
+
+@torch.no_grad()
 def test_more_tokens_than_the_input_has_are_refused(build: Build, make_preset: MakePreset, wan_call: Call) -> None:
     transformer = build("wan21").transformer
     transformer.blocks[1].attn1.register_forward_pre_hook(
