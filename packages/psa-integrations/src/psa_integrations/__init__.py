@@ -1,5 +1,6 @@
 """Pyramid sparse attention for diffusers models, and as a module of its own."""
 
+from psa_integrations.__about__ import __version__
 from psa_integrations.attention import PyramidAttention
 from psa_integrations.diffusers import (
     AppliedAttention,
@@ -16,5 +17,6 @@ __all__ = [
     "PyramidAttention",
     "StepError",
     "UnsupportedError",
+    "__version__",
     "apply_pyramid_sparse_attention",
 ]
