@@ -78,7 +78,7 @@ class LevelPlan:
             + [-(-kv_sizes // pool_size(level)) for level in range(1, layout.num_levels + 1)]
         )  # [num_levels + 1, num_kv_blocks]
         read = rows[levels, torch.arange(layout.num_kv_blocks, device=device)].sum(dim=-1)
-        dense = layout.visible(device).to(torch.int64) @ kv_sizes
+        dense = (layout.visible(device) * kv_sizes).sum(dim=-1)
         return ((read * q_sizes).sum(-1).double() / (dense * q_sizes).sum().double()).float()
 
     def __repr__(self) -> str:

@@ -10,6 +10,24 @@ from psa_kernels.triton_device import on_device
 _DIM_TILE = 64
 
 
+@triton.jit
+def _store_level(
+    sums, pooled_ptr, run, kv_len, end, head_dim, dim, LEVEL: tl.constexpr, RUN: tl.constexpr, DIM_TILE: tl.constexpr
+):
+    """Adds up pairs of the finer level's sums and stores their means; returns the sums, and the level's row count."""
+    pool: tl.constexpr = 1 << (LEVEL - 1)
+    rows: tl.constexpr = RUN // pool
+    sums = tl.sum(tl.reshape(sums, (rows, 2, DIM_TILE)), axis=1)
+    row = run * rows + tl.arange(0, rows)
+    level_rows = (kv_len + pool - 1) // pool
+    count = tl.minimum(tl.maximum(end - row * pool, 1), pool)
+    mean = sums / count[:, None].to(sums.dtype)
+    mask = (row < level_rows)[:, None] & (dim < head_dim)[None, :]
+    offset = row[:, None] * head_dim + dim[None, :]
+    tl.store(pooled_ptr + offset, mean.to(pooled_ptr.dtype.element_ty), mask=mask)
+    return sums, level_rows
+
+
 @triton.jit(do_not_specialize=["num_heads", "kv_len", "rows_total", "num_runs", "num_dim_tiles"])
 def _pool_kernel(
     x_ptr,
@@ -46,15 +64,7 @@ def _pool_kernel(
 
     pooled_ptr += (batch * num_heads + head) * rows_total * head_dim
     for level in tl.static_range(2, NUM_LEVELS + 1):
-        pool: tl.constexpr = 1 << (level - 1)
-        rows: tl.constexpr = RUN // pool
-        sums = tl.sum(tl.reshape(sums, (rows, 2, DIM_TILE)), axis=1)
-        row = run * rows + tl.arange(0, rows)
-        level_rows = (kv_len + pool - 1) // pool
-        count = tl.minimum(tl.maximum(end - row * pool, 1), pool)
-        mean = sums / count[:, None].to(sums.dtype)
-        mask = (row < level_rows)[:, None] & in_dim[None, :]
-        tl.store(pooled_ptr + row[:, None] * head_dim + dim[None, :], mean.to(x.dtype), mask=mask)
+        sums, level_rows = _store_level(sums, pooled_ptr, run, kv_len, end, head_dim, dim, level, RUN, DIM_TILE)
         pooled_ptr += level_rows.to(tl.int64) * head_dim
 
 
