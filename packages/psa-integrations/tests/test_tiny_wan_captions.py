@@ -25,9 +25,7 @@ def test_a_full_caption() -> None:
 
 
 def test_synonyms_mean_the_word_of_the_vocabulary() -> None:
-    assert parse_caption("a violet disc moving upwards over dots") == Caption(
-        "purple", "circle", "up", "dotted"
-    )
+    assert parse_caption("a violet disc moving upwards over dots") == Caption("purple", "circle", "up", "dotted")
 
 
 def test_slots_may_be_empty() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from psa_integrations.tiny_wan import TinyWanPipeline, build_random_pipeline, load_pipeline
-from psa_integrations.tiny_wan.model import with_coordinates
+from psa_integrations.tiny_wan.captions import encode_captions
+from psa_integrations.tiny_wan.model import with_motion
 
 SMALL: dict[str, Any] = {"num_attention_heads": 1, "num_layers": 1, "ffn_dim": 32}
 CALL: dict[str, Any] = {"num_frames": 3, "height": 16, "width": 24, "num_inference_steps": 2}
@@ -97,14 +98,16 @@ def test_one_euler_step_is_noise_minus_the_predicted_flow(pipeline: TinyWanPipel
     assert torch.equal(result, noise - seen[0])
 
 
-def test_the_transformer_sees_the_video_and_where_each_pixel_is() -> None:
-    video = torch.randn((2, 3, 5, 8, 12), generator=torch.Generator().manual_seed(0))
-    seen = with_coordinates(video)
-    assert seen.shape == (2, 6, 5, 8, 12)
+def test_the_transformer_sees_which_way_the_caption_points() -> None:
+    video = torch.randn((5, 3, 3, 8, 12), generator=torch.Generator().manual_seed(0))
+    seen = with_motion(video, encode_captions(["left", "right", "up", "down", "a red ring"]))
+    assert seen.shape == (5, 4, 3, 8, 12)
     assert torch.equal(seen[:, :3], video)
-    for axis, size in enumerate((5, 8, 12)):
-        places = seen[1, 3 + axis].movedim(axis, 0)
-        assert torch.equal(places, torch.linspace(-1, 1, size)[:, None, None].expand_as(places))
+    motion, time = seen[:, 3], torch.tensor([-1.0, 0, 1])[:, None, None]
+    y, x = torch.linspace(-1, 1, 8)[:, None], torch.linspace(-1, 1, 12)
+    expected = [-time * x + 0 * y, time * x + 0 * y, -time * y + 0 * x, time * y + 0 * x, 0 * time * y * x]
+    for field, field_expected in zip(motion, expected, strict=True):
+        assert torch.equal(field, field_expected)
 
 
 def test_the_step_is_told_to_the_transformer(pipeline: TinyWanPipeline) -> None:

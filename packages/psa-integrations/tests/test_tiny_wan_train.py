@@ -75,9 +75,7 @@ def test_noise_levels_follow_the_scheduler() -> None:
     torch.testing.assert_close(train.shifted(times), scheduler.sigmas[:1000])
 
 
-def test_the_command_trains_resumes_exports_and_is_judged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_trains_resumes_exports_and_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     arguments = ["--out", str(out), "--smoke", "--device", "cpu"]
     assert train.main([*arguments, "--max-steps", "4"]) == 0

@@ -97,6 +97,14 @@ def encode_captions(prompts: Sequence[str]) -> torch.Tensor:
     return torch.tensor([parse_caption(prompt).ids for prompt in prompts], dtype=torch.int64).reshape(-1, len(SLOTS))
 
 
+def direction_vectors(ids: torch.Tensor) -> torch.Tensor:
+    """The way that captions point: int64 [B, 4] vocabulary indices to float32 [B, 2], right and down positive."""
+    steps = torch.zeros(len(VOCABULARY), 2, device=ids.device)
+    for word, axis, step in (("left", 0, -1), ("right", 0, 1), ("up", 1, -1), ("down", 1, 1)):
+        steps[_IDS[word], axis] = step
+    return steps[ids].sum(dim=1)
+
+
 def evaluation_captions() -> list[Caption]:
     """Every colour with every direction, 32 captions, going round the shapes and backgrounds alike."""
     captions = []

@@ -9,7 +9,7 @@ import torch
 from diffusers import ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
-from psa_integrations.tiny_wan.captions import VOCABULARY
+from psa_integrations.tiny_wan.captions import VOCABULARY, direction_vectors
 
 TEXT_DIM = 64
 PATCH = 4
@@ -19,7 +19,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "patch_size": (1, PATCH, PATCH),
     "num_attention_heads": 4,
     "attention_head_dim": 64,
-    "in_channels": 6,
+    "in_channels": 4,
     "out_channels": 3,
     "text_dim": TEXT_DIM,
     "freq_dim": 128,
@@ -31,21 +31,26 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
 }
 
 
-def with_coordinates(video: torch.Tensor) -> torch.Tensor:
-    """Appends to each pixel its place in time, height and width.
+def with_motion(video: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Appends a channel that shows which way the caption's shape goes.
 
-    Rotary embeddings tell tokens their distances only. In pure noise nothing else shows which frame is the first
-    or which side is left, and the direction that a caption asks for could not be begun.
+    Rotary embeddings tell tokens their distances only: in pure noise nothing shows which frame is the first or
+    which side is left, and the direction that a caption asks for could not be begun. The channel is the product
+    of the time and of the place along the caption's direction, so it is high where the shape has yet to get to
+    and where it has been, at the right times.
 
     Args:
         video: [B, 3, F, H, W].
+        ids: the captions' vocabulary indices, int64 [B, 4].
 
     Returns:
-        [B, 6, F, H, W]; the places run from -1 to 1 over the video, whatever its size.
+        [B, 4, F, H, W]; time and place run from -1 to 1 over the video, and a caption that names no direction
+        gets 0.
     """
     axes = [torch.linspace(-1, 1, n, device=video.device, dtype=video.dtype) for n in video.shape[2:]]
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-    return torch.cat([video, places.expand(len(video), -1, -1, -1, -1)], dim=1)
+    time, y, x = torch.meshgrid(*axes, indexing="ij")
+    right, down = direction_vectors(ids).to(video.dtype).T[:, :, None, None, None]
+    return torch.cat([video, (time * (right * x + down * y))[:, None]], dim=1)
 
 
 class CaptionEncoder(ModelMixin, ConfigMixin):

@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from psa_integrations.tiny_wan.captions import encode_captions
-from psa_integrations.tiny_wan.model import PATCH, CaptionEncoder, build_transformer, with_coordinates
+from psa_integrations.tiny_wan.model import PATCH, CaptionEncoder, build_transformer, with_motion
 
 # A shape's path is settled above a noise level of 0.95: a shift of 6 spends a quarter of the steps there.
 FLOW_SHIFT = 6.0
@@ -95,8 +95,8 @@ class TinyWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         device, dtype = self._execution_device, self.transformer.dtype
         guided = guidance_scale > 1
-        positive = self.text_encoder(encode_captions(prompts).to(device))
-        negative = self.text_encoder(encode_captions(negatives).to(device)) if guided else None
+        positive = encode_captions(prompts).to(device)
+        negative = encode_captions(negatives).to(device) if guided else None
 
         shape = (len(prompts), 3, num_frames, height, width)
         if latents is None:
@@ -133,13 +133,13 @@ class TinyWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         where: dict[str, Any],
         video: torch.Tensor,
         timestep: torch.Tensor,
-        words: torch.Tensor,
+        ids: torch.Tensor,
     ) -> torch.Tensor:
         with _cache_context(self.transformer, name, where):
             flow: torch.Tensor = self.transformer(
-                hidden_states=with_coordinates(video),
+                hidden_states=with_motion(video, ids),
                 timestep=timestep.expand(len(video)),
-                encoder_hidden_states=words.to(video.dtype),
+                encoder_hidden_states=self.text_encoder(ids).to(video.dtype),
                 return_dict=False,
             )[0]
         return flow.float()

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from psa_integrations.tiny_wan.captions import evaluation_captions
 from psa_integrations.tiny_wan.clips import caption_ids, draw_attributes, draw_clips, drop_words
 from psa_integrations.tiny_wan.evaluate import judge, totals
-from psa_integrations.tiny_wan.model import CaptionEncoder, with_coordinates
+from psa_integrations.tiny_wan.model import CaptionEncoder, with_motion
 from psa_integrations.tiny_wan.pipeline import FLOW_SHIFT, TinyWanPipeline, build_random_pipeline
 
 Size = tuple[int, int, int]
@@ -84,7 +85,7 @@ class Networks(torch.nn.Module):
         """Predicted flow of noisy clips [B, 3, F, H, W] at noise levels [B] under captions [B, 4]."""
         words = self.text_encoder(ids)
         flow: torch.Tensor = self.transformer(
-            hidden_states=with_coordinates(seen),
+            hidden_states=with_motion(seen, ids),
             timestep=sigma * 1000,
             encoder_hidden_states=words,
             return_dict=False,
@@ -207,6 +208,18 @@ class Trainer:
         self.choices.set_state(state["choices"].cpu())
         self.steps, self.seconds = state["steps"], state["seconds"]
 
+    def start_from(self, folder: Path) -> None:
+        """Takes over weights that `export` wrote; input channels that they lack start at zero."""
+        for networks in (self.networks, self.average):
+            for name in ("transformer", "text_encoder"):
+                found = load_file(folder / name / "diffusion_pytorch_model.safetensors")
+                state = getattr(networks, name).state_dict()
+                for key, value in found.items():
+                    if key == "patch_embedding.weight":
+                        state[key].zero_()[:, : value.shape[1]] = value
+                    else:
+                        state[key].copy_(value)
+
     def export(self, folder: Path) -> None:
         """Writes the moving average in float16, as `load_pipeline(folder=...)` reads it."""
         copied = copy.deepcopy(self.average).half()
@@ -291,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--total-minutes", type=float, default=17.0, help="length of the whole schedule")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop this run after so long")
     parser.add_argument("--max-steps", type=int, help="stop at this step")
+    parser.add_argument("--weights", type=Path, help="start from the weights in this folder, not from random ones")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -303,6 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = Trainer(SMOKE if options.smoke else Recipe(), torch.device(options.device), options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     checkpoint = options.out / CHECKPOINT
+    if options.weights:
+        trainer.start_from(options.weights)
     if options.resume:
         trainer.load_state_dict(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
     elif checkpoint.exists():
