@@ -169,7 +169,7 @@ def test_demo_compares_and_writes_four_videos(weights: str, tmp_path: Path, caps
     assert main(["demo", "--weights", weights, "--out", str(out), *SIZE]) == 0
     names = [f"{name}.mp4" for name in (*demo.PRESETS, "side_by_side")]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
-    assert iio.imread(out / "side_by_side.mp4").shape == (4, 16 * 3, (3 * 32 + 2 * 2) * 3, 3)
+    assert iio.imread(out / "side_by_side.mp4").shape == (4, 16 * 4, (3 * 32 + 2 * 2) * 4, 3)
 
     rows: dict[str, list[Any]] = {}
     for line in capsys.readouterr().out.splitlines():
