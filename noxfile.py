@@ -1,0 +1,126 @@
+"""Everything a developer or CI runs. `nox -s demo` makes videos, `nox -s tests` checks it all."""
+
+import shutil
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+# In the order in which they depend on one another.
+PACKAGES = ("psa-kernels", "psa-masks", "psa-config", "psa-integrations")
+MODULES = [package.replace("-", "_") for package in PACKAGES]
+SOURCES = [f"packages/{package}/" for package in PACKAGES]
+WHEELS = ROOT / "dist"
+
+nox.options.sessions = ["tests"]
+nox.options.default_venv_backend = "venv"
+# A session gets what it declares and nothing that lies around on the machine.
+nox.options.error_on_missing_interpreters = True
+
+
+def install(session: nox.Session, *what: str) -> None:
+    """pip install under the constraints that keep one build of torch everywhere."""
+    session.install("--constraint", str(ROOT / "constraints-cpu.txt"), *what)
+
+
+def install_packages(session: nox.Session, *extra: str) -> None:
+    """All four packages, editable, with their test tools."""
+    editable = [part for package in PACKAGES for part in ("--editable", f"packages/{package}[test]")]
+    install(session, *editable, *extra)
+
+
+def build_wheels(session: nox.Session, folder: Path) -> None:
+    """Build sdist and wheel of every package into an empty ``folder``."""
+    shutil.rmtree(folder, ignore_errors=True)
+    session.install("hatch")
+    for package in PACKAGES:
+        with session.chdir(ROOT / "packages" / package):
+            session.run("hatch", "build", str(folder), silent=True)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Generate one video with dense attention and with two presets, and compare them."""
+    install(session, *SOURCES)
+    session.run("psa", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All that CI runs: the tests across packages here, then every other check in a session of its own."""
+    install_packages(session)
+    session.run("pytest", "tests", "-m", "not gpu", *session.posargs)
+    for package in PACKAGES:
+        session.notify(f"alone({package})")
+    for name in ("lint", "types", "imports", "build"):
+        session.notify(name)
+
+
+@nox.session
+@nox.parametrize("package", [nox.param(package, id=package) for package in PACKAGES])
+def alone(session: nox.Session, package: str) -> None:
+    """A package from its wheel, with only what it declares: its tests pass, its import is light."""
+    folder = Path(session.create_tmp()) / "wheels"
+    folder.mkdir(exist_ok=True)
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *SOURCES)
+    wheel = next(folder.glob(f"{package.replace('-', '_')}-*.whl"))
+    install(session, "--find-links", str(folder), f"{wheel}[test]")
+    session.run("python", "tests/lib/alone.py", package)
+    session.run("pytest", f"packages/{package}/tests", "-m", "not gpu", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Formatting and lint rules."""
+    session.install("ruff==0.17.6")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types of the four packages."""
+    install_packages(session, "mypy==2.4.1", "types-PyYAML", "types-jsonschema")
+    for package in PACKAGES:
+        session.run("mypy", f"packages/{package}/src")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Packages import each other in one direction only."""
+    session.install("import-linter==2.17")
+    session.install("--no-deps", *SOURCES)
+    session.run("lint-imports")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build sdist and wheel of each package, and install both kinds into a clean environment."""
+    build_wheels(session, WHEELS)
+    for kind in ("*.whl", "*.tar.gz"):
+        environment = Path(session.create_tmp()) / "clean"
+        session.run("python", "-m", "venv", "--clear", str(environment))
+        python = environment / "bin" / "python"
+        archives = [str(path) for path in sorted(WHEELS.glob(kind))]
+        constraint = ("--constraint", str(ROOT / "constraints-cpu.txt"))
+        session.run(str(python), "-m", "pip", "install", "--quiet", *constraint, *archives, external=True)
+        session.run(str(python), "-m", "pip", "check", external=True)
+        code = f"import {', '.join(MODULES)}; print(*[m.__version__ for m in ({', '.join(MODULES)})])"
+        session.run(str(python), "-c", code, external=True)
+        session.run(str(environment / "bin" / "psa"), "--version", external=True)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need an NVIDIA GPU. Installs the newest torch, with its own Triton."""
+    session.install(*(part for package in PACKAGES for part in ("--editable", f"packages/{package}[test]")))
+    session.run("pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks: `nox -s bench -- cpu_attention` runs benchmarks/cpu_attention.py."""
+    install_packages(session)
+    names = session.posargs or sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+    for name in names:
+        session.run("python", f"benchmarks/{name}.py")
