@@ -13,7 +13,5 @@ if not torch.cuda.is_available():
     # Read by Triton when it is first imported, which happens when a Triton operator first runs.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-settings.register_profile(
-    "across", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("across", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("across")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from psa_kernels.triton_device import on_device
 
-
 _CHUNK = 512
 
 
