@@ -52,7 +52,6 @@ def main() -> None:
         f"assert {package!r} != 'psa-config' or torch is None, 'psa_config must not import torch'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    print(f"{package}: nothing beyond what it declares, and importing it needs no GPU and no Triton")
 
 
 if __name__ == "__main__":
