@@ -1,5 +1,6 @@
 """Weights to a pipeline on its device."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def load_model(
 
     Raises:
         OSError: weights or LoRA cannot be had; the message says where they were looked for.
-        ValueError: no such device.
+        ValueError: no such device, or a LoRA without peft installed.
     """
     place = _device(device)
     precision = DTYPES[dtype] if dtype else torch.float32 if place.type == "cpu" else torch.bfloat16
@@ -84,6 +85,8 @@ def _load_diffusers(spec: ModelSpec, weights: Path | None, dtype: torch.dtype) -
 
 
 def _check_lora(path: Path) -> None:
+    if find_spec("peft") is None:
+        raise ValueError("--lora needs peft: pip install 'psa-integrations[lora]'")
     if path.is_dir():
         if not any(path.glob("*.safetensors")):
             raise FileNotFoundError(f"--lora must hold a .safetensors file, and {path} has none")
