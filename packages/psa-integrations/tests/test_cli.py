@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import psa_integrations
 from psa_config import load_presets
 from psa_integrations.cli import demo, main
 from psa_integrations.cli.models import MODELS
@@ -184,3 +185,10 @@ def test_demo_compares_and_writes_four_videos(weights: str, tmp_path: Path, caps
         assert 0 < density <= 1
         assert psnr > 0
         assert ssim <= 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"psa-integrations {psa_integrations.__version__}\n"

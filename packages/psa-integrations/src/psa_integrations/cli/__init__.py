@@ -4,12 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from psa_integrations.__about__ import __version__
 from psa_integrations.cli import demo, generate
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `psa`; each subcommand sets `run`, a function of the parsed options."""
     parser = argparse.ArgumentParser(prog="psa", description="Video generation with Pyramid Sparse Attention.")
+    parser.add_argument("--version", action="version", version=f"psa-integrations {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate.add_parser(commands)
     demo.add_parser(commands)
