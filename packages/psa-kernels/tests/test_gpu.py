@@ -17,7 +17,8 @@ def pipeline(query, key, value):
     similarity = key_similarity(key, block_kv=64, num_levels=4)
     levels = (importance > importance.mean(-1, keepdim=True)).to(torch.int8) * 3 + 1
     levels = torch.where(similarity[..., 2].unsqueeze(2) > 0, levels, 1).to(torch.int8)
-    return pyramid_attention(query, key, value, levels, **BLOCKS)
+    plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], **BLOCKS))
+    return pyramid_attention(query, key, value, plan, **BLOCKS) * plan.density().any()
 
 
 def test_heads_and_batch_past_a_grid_axis():

@@ -86,13 +86,13 @@ class BlockLayout:
     def num_kv_blocks(self) -> int:
         return -(-self.kv_len // self.block_kv)
 
-    def q_sizes(self) -> Tensor:
-        """Tokens in each query block, int64 ``[num_q_blocks]`` on the CPU; the last may be short."""
-        return _block_sizes(self.q_len, self.block_q)
+    def q_sizes(self, device: torch.device | str = "cpu") -> Tensor:
+        """Tokens in each query block, int64 ``[num_q_blocks]``; the last may be short."""
+        return _block_sizes(self.q_len, self.block_q, device)
 
-    def kv_sizes(self) -> Tensor:
-        """Tokens in each KV block, int64 ``[num_kv_blocks]`` on the CPU; the last may be short."""
-        return _block_sizes(self.kv_len, self.block_kv)
+    def kv_sizes(self, device: torch.device | str = "cpu") -> Tensor:
+        """Tokens in each KV block, int64 ``[num_kv_blocks]``; the last may be short."""
+        return _block_sizes(self.kv_len, self.block_kv, device)
 
     def executed_levels(self, levels: Tensor) -> Tensor:
         """The levels that attention really reads under this layout.
@@ -121,6 +121,6 @@ class BlockLayout:
         return self.executed_levels(full) > 0
 
 
-def _block_sizes(length: int, block: int) -> Tensor:
-    first = torch.arange(0, length, block)
+def _block_sizes(length: int, block: int, device: torch.device | str) -> Tensor:
+    first = torch.arange(0, length, block, device=device)
     return (length - first).clamp(max=block)

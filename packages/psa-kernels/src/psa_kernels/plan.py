@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from psa_kernels import checks
-from psa_kernels.layout import BlockLayout, pool_size
+from psa_kernels.layout import BlockLayout
 from psa_kernels.level_plan.ops import level_plan
 
 
@@ -71,13 +71,16 @@ class LevelPlan:
         work is that of the block pairs with anything to see.
         """
         layout, device = self.layout, self.indices.device
-        levels = self.to_levels().to(torch.int64)
-        q_sizes, kv_sizes = layout.q_sizes().to(device), layout.kv_sizes().to(device)
-        rows = torch.stack(
-            [torch.zeros_like(kv_sizes)]
-            + [-(-kv_sizes // pool_size(level)) for level in range(1, layout.num_levels + 1)]
-        )  # [num_levels + 1, num_kv_blocks]
-        read = rows[levels, torch.arange(layout.num_kv_blocks, device=device)].sum(dim=-1)
+        q_sizes, kv_sizes = layout.q_sizes(device), layout.kv_sizes(device)
+        pools = 2 ** torch.arange(layout.num_levels, device=device)
+        rows, last_rows = layout.block_kv // pools, -(-kv_sizes[-1] // pools)
+        read = (self.offsets.diff(dim=-1) * rows).sum(dim=-1)
+        # All blocks counted as whole ones so far: correct where the last, which may be short, is read.
+        slot = torch.arange(layout.num_kv_blocks, device=device)
+        is_last = (self.indices == layout.num_kv_blocks - 1) & (slot < self.offsets[..., -1:])
+        last_slot = (is_last * slot).sum(dim=-1, keepdim=True)
+        level = (last_slot >= self.offsets[..., 1:]).sum(dim=-1).clamp(max=layout.num_levels - 1)
+        read = read - (rows - last_rows)[level] * is_last.any(dim=-1)
         dense = (layout.visible(device) * kv_sizes).sum(dim=-1)
         return ((read * q_sizes).sum(-1).double() / (dense * q_sizes).sum().double()).float()
 
