@@ -97,6 +97,7 @@ def imports(session: nox.Session) -> None:
 def build(session: nox.Session) -> None:
     """Build sdist and wheel of each package, and install both kinds into a clean environment."""
     build_wheels(session, WHEELS)
+    session.run("python", "tests/lib/archives.py", str(WHEELS))
     for kind in ("*.whl", "*.tar.gz"):
         environment = Path(session.create_tmp()) / "clean"
         session.run("python", "-m", "venv", "--clear", str(environment))
