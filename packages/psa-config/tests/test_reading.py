@@ -129,11 +129,6 @@ def test_utf8_with_and_without_a_byte_order_mark(load: Load, form: str) -> None:
         assert pyramid(load(mark + text).get("Wan")).description == "均衡"
 
 
-def test_a_file_stands_for_itself(load: Load, form: str) -> None:
-    assert load(form).models == ("Wan",)
-    assert "Wan" not in load_presets().models
-
-
 def test_a_path_may_be_text(tmp_path: Path, form: str) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(form)

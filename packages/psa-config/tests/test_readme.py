@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from psa_config import load_presets
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -18,8 +20,10 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "yaml", "python", "console", "yaml"]
+    assert [language for language, _ in blocks] == ["python", "yaml", "python", "yaml", "console", "yaml"]
     Path("my_presets.yaml").write_text(blocks[1][1])
+    Path("my_model.yaml").write_text(blocks[3][1])
+    assert load_presets("my_model.yaml").get("my_model").name == "sparse"
     for language, code in blocks:
         if language == "python":
             run_python(code)

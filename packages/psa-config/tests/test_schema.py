@@ -37,6 +37,15 @@ def test_shipped_presets_conform() -> None:
         jsonschema.validate(plain(file.read_text()), committed())
 
 
+def test_a_shipped_model_may_give_presets_alone(form: str) -> None:
+    presets = form[form.index("  attention_configs") :]
+    jsonschema.validate(plain(f"CogVideo_5b:\n{presets}"), committed())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(plain("CogVideo_5b: {text_length: 226}"), committed())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(plain(f"Wan:\n{presets}"), committed())
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -6,14 +6,13 @@ import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from types import MappingProxyType
 
 from pydantic import ValidationError
 
 from .errors import PresetError, Problem, path_text, quote, unknown
 from .explain import explain
-from .models import PRESET_FILE, ModelPresets, Preset
+from .models import PRESET_FILE, PRESETS, ModelPresets, Preset
 from .positions import Node, parse
 
 
@@ -68,7 +67,10 @@ class PresetBook:
 def load_presets(path: str | os.PathLike[str] | None = None) -> PresetBook:
     """The presets of one YAML file, or the shipped ones.
 
-    A file stands for itself: nothing of the shipped presets is added to it.
+    A file's book holds the presets that stand in the file and no others. A model of a shipped name may leave out
+    `video_scale` and `text_length`, which are then the shipped model's, and `default_attention`, which is then the
+    preset named like the shipped default or else the first. Any other model may leave out only `default_attention`,
+    and only if it has a single preset.
 
     Raises:
         PresetError: with everything that is wrong with the file.
@@ -81,32 +83,55 @@ def load_presets(path: str | os.PathLike[str] | None = None) -> PresetBook:
     except OSError as error:
         reason = error.strerror or str(error)
         raise PresetError([Problem(str(file), None, None, "", f"cannot be read: {reason}")]) from error
-    return PresetBook(str(file), MappingProxyType(_read(data, str(file))))
+    return PresetBook(str(file), MappingProxyType(_read(data, str(file), _shipped()._entries)))
 
 
 @cache
 def _shipped() -> PresetBook:
-    folder = resources.files("psa_config") / "presets"
     entries: dict[str, ModelPresets] = {}
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        entries.update(_read(file.read_bytes(), str(file)))
-    return PresetBook(str(folder), MappingProxyType(entries))
+    for file in sorted(PRESETS.iterdir(), key=lambda file: file.name):
+        entries.update(_read(file.read_bytes(), str(file), {}))
+    return PresetBook(str(PRESETS), MappingProxyType(entries))
 
 
-def _read(data: bytes, file: str) -> dict[str, ModelPresets]:
+def _read(data: bytes, file: str, shipped: Mapping[str, ModelPresets]) -> dict[str, ModelPresets]:
     node, problems = parse(_decode(data, file), file)
     if node is None or node.value is None:
         empty = Problem(file, 1, 1, "", "the file is empty, expected a mapping of models")
         raise PresetError([*problems, empty])
     problems += _wrong_defaults(node, file)
     try:
-        entries = PRESET_FILE.validate_python(node.plain())
+        entries = PRESET_FILE.validate_python(_completed(node.plain(), shipped))
     except ValidationError as error:
         for details in error.errors(include_url=False):
             problems += explain(details, node, file)
     if problems:
         raise PresetError(_once_each(problems))
     return entries
+
+
+def _completed(models: object, shipped: Mapping[str, ModelPresets]) -> object:
+    """A file's values with what its models may leave out, as `load_presets` says; whatever is no mapping stays."""
+    if not isinstance(models, dict):
+        return models
+    return {
+        model: {**_left_out(fields, shipped.get(model)), **fields} if isinstance(fields, dict) else fields
+        for model, fields in models.items()
+    }
+
+
+def _left_out(fields: dict[str, object], shipped: ModelPresets | None) -> dict[str, object]:
+    configs = fields.get("attention_configs")
+    names = list(configs) if isinstance(configs, dict) else []
+    if shipped is None:
+        return {"default_attention": names[0]} if len(names) == 1 else {}
+    default = shipped.default_attention
+    return {
+        # Without a preset there is no default either: only what is wrong with attention_configs is to be reported.
+        "default_attention": names[0] if names and default not in names else default,
+        "video_scale": shipped.video_scale,
+        "text_length": shipped.text_length,
+    }
 
 
 def _decode(data: bytes, file: str) -> str:

@@ -3,6 +3,7 @@
 A file maps model names to `ModelPresets`. The JSON Schema that editors check files by comes from here too.
 """
 
+from importlib import resources
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -46,6 +47,9 @@ def _never_null(schema: dict[str, Any]) -> None:
     del schema["default"]
     schema.update(schema.pop("anyOf")[0])
 
+
+PRESETS = resources.files("psa_config") / "presets"
+"""The shipped files: one a model, named after it."""
 
 BlockLength = Literal[32, 64, 128]
 Count = Annotated[int, Field(ge=0)]
@@ -216,8 +220,15 @@ class PyramidSparseAttention(_Form):
 Attention = Annotated[DenseAttention | PyramidSparseAttention, Field(discriminator="type")]
 
 
+def _only_presets_required(schema: dict[str, Any]) -> None:
+    schema["required"] = ["attention_configs"]
+
+
 class ModelPresets(_Form):
     """One model of a file: its geometry and its presets."""
+
+    # What a file may leave out depends on the model's name, and is filled in before a value comes here.
+    model_config = ConfigDict(json_schema_extra=_only_presets_required)
 
     default_attention: str = Field(description="The preset used where none is named.")
     video_scale: VideoScale = Field(description="Pixels and frames to one token.")
@@ -242,8 +253,13 @@ PRESET_FILE: TypeAdapter[dict[str, ModelPresets]] = TypeAdapter(
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a preset file."""
+    schema = PRESET_FILE.json_schema()
+    model = schema["additionalProperties"]
+    shipped = sorted(file.name.removesuffix(".yaml") for file in PRESETS.iterdir())
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Pyramid Sparse Attention presets",
-        **PRESET_FILE.json_schema(),
+        **schema,
+        "properties": dict.fromkeys(shipped, model),
+        "additionalProperties": {**model, "required": ["video_scale", "text_length"]},
     }

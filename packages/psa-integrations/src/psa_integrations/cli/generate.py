@@ -22,6 +22,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--model", choices=tuple(MODELS), default="tiny-wan")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--preset", help="attention preset of the model (default: the one its presets name)")
+    parser.add_argument(
+        "--presets", type=Path, metavar="FILE", help="YAML file of presets, instead of the shipped ones"
+    )
     parser.add_argument("--out", type=Path, default=Path("video.mp4"), help="the .mp4 to write")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="local weights in diffusers' layout")
     parser.add_argument("--lora", type=Path, metavar="PATH", help="a LoRA's .safetensors file or its folder")
@@ -32,7 +35,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Generates and writes the video."""
     spec = MODELS[options.model]
-    preset = load_presets().get(spec.presets, options.preset)
+    preset = load_presets(options.presets).get(spec.presets, options.preset)
     check_output(options.out)
     defaults = spec.defaults
     if preset.name in spec.few_steps:
