@@ -24,11 +24,14 @@ def main() -> None:
     for module, expected in EXPECTED.items():
         (wheel,) = folder.glob(f"{module}-*.whl")
         (sdist,) = folder.glob(f"{module}-*.tar.gz")
-        names = zipfile.ZipFile(wheel).namelist()
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+        with tarfile.open(sdist) as archive:
+            sources = archive.getnames()
         missing = [name for name in expected if name not in names]
         missing += [
             f"LICENSE in {path.name}"
-            for path, held in ((wheel, names), (sdist, tarfile.open(sdist).getnames()))
+            for path, held in ((wheel, names), (sdist, sources))
             if not any(name.endswith("/LICENSE") for name in held)
         ]
         assert not missing, f"{module} lacks {missing}"

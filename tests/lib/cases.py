@@ -112,5 +112,5 @@ def assert_is_oracle(
     """Out and lse of ``impl`` lie within the error budget of the oracle; returns them."""
     got = pyramid_attention(*qkv, levels, impl=impl, return_lse=True, **options)
     for out, exact, low in zip(got, *oracle(qkv, levels, **options), strict=True):
-        assert_within_error_budget(out, exact, low)
+        assert_within_error_budget(out, exact, low, input_dtype=qkv[0].dtype)
     return got

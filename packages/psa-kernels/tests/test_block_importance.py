@@ -34,7 +34,7 @@ def test_case_equals_oracle(backend, name, reduction, samples):
         low = block_importance(query, key, block_q=32, block_kv=32, impl="reference", **options)
         got = block_importance(query, key, block_q=32, block_kv=32, impl=backend.impl, **options)
         assert got.dtype == torch.float32
-        assert_within_error_budget(got, exact, low)
+        assert_within_error_budget(got, exact, low, input_dtype=dtype)
 
 
 def test_all_tokens_sampled_is_exact_attention():

@@ -61,7 +61,7 @@ def test_similarity_equals_oracle(backend, kv_len, lengths, block_kv, num_levels
         exact = key_similarity(key.double(), impl="reference", **options)
         low = key_similarity(key, impl="reference", **options)
         if num_levels > 1:
-            assert_within_error_budget(got, exact, low)
+            assert_within_error_budget(got, exact, low, input_dtype=dtype)
 
 
 def test_similarity_of_known_keys(backend):

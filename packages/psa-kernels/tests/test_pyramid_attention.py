@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from psa_kernels import BlockLayout, LevelPlan, pool_pyramid, pyramid_attention
+from psa_kernels import BlockLayout, LevelPlan, key_similarity, pool_pyramid, pyramid_attention
 from psa_kernels.testing import assert_within_error_budget, error_budget, make_qkv, random_levels
 
 
@@ -20,7 +20,7 @@ def check(backend, qkv, levels, **options):
     assert got[0].dtype == qkv[0].dtype
     assert got[1].dtype == torch.float32
     for out, exact, rounded in zip(got, ref64, low, strict=True):
-        assert_within_error_budget(out, exact, rounded)
+        assert_within_error_budget(out, exact, rounded, input_dtype=qkv[0].dtype)
 
 
 def assert_equal_in_float64(out, other, low):
@@ -343,3 +343,74 @@ def test_oracle_is_differentiable():
         return pyramid_attention(*qkv, levels, block_q=4, block_kv=4, impl="reference")
 
     assert torch.autograd.gradcheck(attend, qkv)
+
+
+def test_strides_of_what_goes_beside_do_not_matter(backend):
+    """Lengths and plans that are views of something larger."""
+    qkv = make_qkv(batch=2, q_len=40, kv_len=90, device=backend.device)
+    layout = BlockLayout(40, 90, block_q=16, block_kv=16)
+    levels = random_levels(layout, batch=2, heads=4, device=backend.device)
+    lengths = torch.tensor([70, 1, 33, 2], device=backend.device)[::2]
+    whole = LevelPlan.from_levels(levels, layout, impl=backend.impl)
+    view = LevelPlan(whole.indices[:, ::2], whole.offsets[:, ::2], layout)
+    options = {"block_q": 16, "block_kv": 16, "impl": backend.impl}
+    out = pyramid_attention(*qkv, view, kv_lengths=lengths, **options)
+    packed = pyramid_attention(*qkv, levels[:, ::2].contiguous(), kv_lengths=lengths.clone(), **options)
+    assert torch.equal(out, packed)
+    for operator in (pool_pyramid, key_similarity):
+        one, other = (
+            operator(qkv[1], block_kv=16, num_levels=3, kv_lengths=x, impl=backend.impl)
+            for x in (lengths, lengths.clone())
+        )
+        same = torch.equal(one, other) if isinstance(one, torch.Tensor) else torch.equal(one.pooled, other.pooled)
+        assert same
+
+
+def test_a_length_past_all_keys_is_no_limit(backend):
+    qkv = make_qkv(q_len=40, kv_len=90, device=backend.device)
+    levels = random_levels(BlockLayout(40, 90, block_q=16, block_kv=16), device=backend.device)
+    options = {"block_q": 16, "block_kv": 16, "impl": backend.impl}
+    far = torch.tensor([2**32], device=backend.device)
+    assert torch.equal(
+        pyramid_attention(*qkv, levels, kv_lengths=far, **options), pyramid_attention(*qkv, levels, **options)
+    )
+
+
+def test_autocast_changes_nothing(backend):
+    qkv = make_qkv(q_len=40, device=backend.device)
+    levels = random_levels(BlockLayout(40, 40, block_q=16, block_kv=16), device=backend.device)
+    for impl in (backend.impl, "reference"):
+        expected = pyramid_attention(*qkv, levels, block_q=16, block_kv=16, impl=impl)
+        with torch.autocast(backend.device, dtype=torch.bfloat16):
+            out = pyramid_attention(*qkv, levels, block_q=16, block_kv=16, impl=impl)
+        assert torch.equal(out, expected)
+
+
+def test_not_a_number_shows(backend):
+    query, key, value = make_qkv(q_len=40, device=backend.device)
+    query[:, :, 3] = math.nan
+    levels = torch.ones(1, 2, 3, 3, dtype=torch.int8, device=backend.device)
+    out, lse = pyramid_attention(query, key, value, levels, block_q=16, block_kv=16, return_lse=True, impl=backend.impl)
+    assert out[:, :, 3].isnan().all()
+    assert lse[:, :, 3].isnan().all()
+    assert out[:, :, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [80, 1000])
+def test_half_precision_does_not_overflow_on_the_way(backend, size):
+    """Products of queries and keys, and sums over a block, past the largest float16."""
+    big = torch.full((1, 1, 128, 16), float(size), dtype=torch.float16, device=backend.device)
+    query = big if size == 80 else big / 1000
+    for level in (1, 8):
+        levels = torch.full((1, 1, 1, 1), level, dtype=torch.int8, device=backend.device)
+        for impl in (backend.impl, "reference"):
+            assert torch.equal(pyramid_attention(query, big, big, levels, impl=impl), big)
+
+
+def test_oracle_gradients_where_nothing_is_kept():
+    qkv = [x.requires_grad_() for x in make_qkv(batch=2, q_len=32, head_dim=8)]
+    levels = torch.full((2, 2, 2, 2), 2, dtype=torch.int8)
+    out = pyramid_attention(*qkv, levels, block_q=16, block_kv=16, kv_lengths=torch.tensor([0, 20]), impl="reference")
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in qkv)
+    assert (qkv[0].grad[0] == 0).all()

@@ -173,8 +173,8 @@ def test_other_float_types_are_read_in_float32(rule, dtype) -> None:
 @pytest.mark.parametrize(
     ("bounds", "error", "message"),
     [
-        ([], ValueError, r"bounds must hold 1 to 8 numbers, got 0"),
-        ([0.1] * 9, ValueError, r"bounds must hold 1 to 8 numbers, got 9"),
+        ([], ValueError, r"bounds must hold 1 to 9 numbers, got 0"),
+        ([0.1] * 10, ValueError, r"bounds must hold 1 to 9 numbers, got 10"),
         ([0.5, 0.4], ValueError, r"bounds .* must not decrease, got \[0.5, 0.4\]"),
         ([0.5, 1.5], ValueError, r"bounds\[1\] must be in \[0, 1\], got 1.5"),
         ([float("nan")], ValueError, r"bounds\[0\] must be in \[0, 1\], got nan"),

@@ -1,5 +1,6 @@
 """Argument checks shared by all operators: each error says the argument, the rule and what came."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -98,8 +99,34 @@ def no_grad_needed(what: str, *tensors: Tensor) -> None:
     """The operator has no backward pass, so a tensor that wants one is refused rather than cut off in silence."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError(
-            f"{what} differentiates only with impl='reference': call it under torch.no_grad(), "
-            "or pass tensors that do not require grad"
+            f"{what} has no backward pass: call it under torch.no_grad(), or pass tensors that do not require grad"
+        )
+
+
+def boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
+
+
+def scale(value: float | None, head_dim: int) -> float:
+    """``value`` as a finite float; None is ``1/sqrt(head_dim)``."""
+    if value is None:
+        return 1 / math.sqrt(head_dim)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"scale must be a number, got {type(value).__name__} {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite, got {value}")
+    return float(value)
+
+
+def level_values(levels: Tensor, num_levels: int) -> None:
+    """A map on the CPU lies in ``0..num_levels``. Nobody waits for a GPU map, and a traced one has no values."""
+    if levels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not ((levels >= 0) & (levels <= num_levels)).all():
+        raise ValueError(
+            f"levels must lie in 0..num_levels = {num_levels}, "
+            f"got values from {int(levels.min())} to {int(levels.max())}"
         )
 
 

@@ -76,6 +76,7 @@ class BlockLayout:
         if cast(int | None, self.num_levels) is None:
             object.__setattr__(self, "num_levels", max_levels(self.block_kv))
         checks.level_count(self.num_levels, self.block_kv)
+        checks.boolean("is_causal", self.is_causal)
         checks.causal(self.is_causal, self.q_len, self.kv_len)
 
     @property

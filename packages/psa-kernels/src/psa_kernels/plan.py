@@ -10,7 +10,7 @@ from psa_kernels.layout import BlockLayout
 from psa_kernels.level_plan.ops import level_plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LevelPlan:
     """Which KV blocks each query block reads at which level, ready for the kernels.
 
@@ -46,7 +46,8 @@ class LevelPlan:
         Raises:
             TypeError: ``levels`` is not an int8 tensor.
             ValueError: its shape does not fit the layout, or, on the CPU, a value is outside
-                ``0..num_levels``. A GPU map is not looked at: values outside count as 0.
+                ``0..num_levels``. A map on a GPU, or traced by torch.compile, is not looked at: values outside
+                count as 0.
         """
         check_levels(levels, layout)
         executed = layout.executed_levels(levels)
@@ -93,7 +94,9 @@ class LevelPlan:
 
 
 def check_levels(levels: Tensor, layout: BlockLayout) -> None:
-    """``levels`` is an int8 map whose last two dimensions fit ``layout``."""
+    """``levels`` is an int8 map whose last two dimensions, and on the CPU whose values, fit ``layout``."""
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
     if not isinstance(levels, Tensor):
         raise TypeError(f"levels must be an int8 tensor or a LevelPlan, got {type(levels).__name__}")
     if levels.dtype != torch.int8:
@@ -105,3 +108,4 @@ def check_levels(levels: Tensor, layout: BlockLayout) -> None:
             f"q_len {layout.q_len}, kv_len {layout.kv_len} and blocks {layout.block_q}/{layout.block_kv}, "
             f"got {list(levels.shape)}"
         )
+    checks.level_values(levels, layout.num_levels)

@@ -22,13 +22,13 @@ def make_qkv(
 
     Neighbouring tokens are alike, as in video: a slow random walk under the noise.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     kv_len = q_len if kv_len is None else kv_len
     made = []
     for count, length in ((heads, q_len), (kv_heads or heads, kv_len), (kv_heads or heads, kv_len)):
-        noise = torch.randn(batch, count, length, head_dim, generator=generator, dtype=torch.float64)
-        walk = torch.randn(batch, count, length, head_dim, generator=generator, dtype=torch.float64).cumsum(dim=2)
-        made.append((0.7 * noise + 0.1 * walk).to(device=device, dtype=dtype))
+        shape = (2, batch, count, length, head_dim)
+        noise, steps = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        made.append((0.7 * noise + 0.1 * steps.cumsum(dim=2)).to(device=device, dtype=dtype))
     return made[0], made[1], made[2]
 
 
@@ -41,9 +41,9 @@ def random_levels(
     seed: int = 0,
 ) -> Tensor:
     """A level map with every level and skips in it, int8 ``[B, H, num_q_blocks, num_kv_blocks]``."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     shape = (batch, heads, layout.num_q_blocks, layout.num_kv_blocks)
-    return torch.randint(layout.num_levels + 1, shape, generator=generator, dtype=torch.int8).to(device)
+    return torch.randint(layout.num_levels + 1, shape, generator=generator, dtype=torch.int8, device="cpu").to(device)
 
 
 def error_budget(ref64: Tensor, low: Tensor, eps: float) -> float:
@@ -58,16 +58,21 @@ def error_budget(ref64: Tensor, low: Tensor, eps: float) -> float:
     if not finite.any():
         return 0.0
     reference = ref64[finite]
+    assert low[finite].isfinite().all(), "the low-precision oracle is not finite where the exact one is"
     return 2 * ((low.double()[finite] - reference).abs().max() + eps * reference.abs().max()).item()
 
 
-def assert_within_error_budget(out: Tensor, ref64: Tensor, low: Tensor) -> None:
+def assert_within_error_budget(
+    out: Tensor, ref64: Tensor, low: Tensor, *, input_dtype: torch.dtype | None = None
+) -> None:
     """``out`` is no further from the oracle than rounding explains, and not finite only where the oracle is not.
 
     Args:
         out: the result under test.
         ref64: the oracle in float64, same shape.
-        low: the oracle in the inputs' dtype; its own dtype's epsilon counts.
+        low: the oracle in the inputs' dtype.
+        input_dtype: the inputs' dtype, whose epsilon counts; None is that of ``low``. Give it where a result is
+            wider than the inputs, as a log-sum-exp is.
     """
     assert out.shape == ref64.shape, f"shape {list(out.shape)} instead of {list(ref64.shape)}"
     ref64, low = ref64.to(out.device), low.to(out.device)
@@ -77,6 +82,6 @@ def assert_within_error_budget(out: Tensor, ref64: Tensor, low: Tensor) -> None:
     if not finite.any():
         return
     error = (out.double() - ref64)[finite].abs()
-    budget = error_budget(ref64, low, torch.finfo(low.dtype).eps)
+    budget = error_budget(ref64, low, torch.finfo(input_dtype or low.dtype).eps)
     where = finite.nonzero()[error.argmax()].tolist()
     assert error.max() <= budget, f"error {error.max():.3e} exceeds the budget {budget:.3e}, worst at {where}"

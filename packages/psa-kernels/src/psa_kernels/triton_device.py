@@ -1,6 +1,7 @@
 """Where a Triton kernel runs: the tensor's own device, or the interpreter on the CPU."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,3 +19,12 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.device.type == "cpu" and knobs.runtime.interpret:
         return nullcontext()
     raise ValueError(f"impl='triton' needs tensors on a GPU, got {tensor.device}; use impl='torch' or 'reference'")
+
+
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory a program may have on ``device``; the interpreter on the CPU has no limit of its own
+    and is given that of an sm_90."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field below
+    return int(properties.shared_memory_per_block_optin)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from psa_kernels import BlockLayout
+from psa_kernels import checks as kernel_checks
 
-MAX_BOUNDS = 8
+MAX_BOUNDS = 9  # as many levels as the largest block has
 
 
 def real(name: str, value: object, low: float, high: float) -> float:
@@ -32,6 +33,12 @@ def integer(name: str, value: object, low: int) -> int:
     return value
 
 
+def boolean(name: str, value: object) -> None:
+    """``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """``value`` is one of ``allowed``."""
     if value not in allowed:
@@ -46,7 +53,7 @@ def sequence(name: str, value: object) -> Sequence[object]:
 
 
 def bounds(value: object) -> tuple[float, ...]:
-    """The upper ends of the ranges of levels 1..H: 1 to 8 floats in [0, 1], none below the one before."""
+    """The upper ends of the ranges of levels 1..H: 1 to 9 floats in [0, 1], none below the one before."""
     items = sequence("bounds", value)
     if not 1 <= len(items) <= MAX_BOUNDS:
         raise ValueError(f"bounds must hold 1 to {MAX_BOUNDS} numbers, got {len(items)}: {value!r}")
@@ -100,7 +107,15 @@ def levels(value: object, layout: BlockLayout | None = None) -> Tensor:
             f"levels must have the layout's {layout.num_q_blocks} x {layout.num_kv_blocks} blocks, "
             f"got {list(value.shape)}"
         )
+    if layout is not None:
+        kernel_checks.level_values(value, layout.num_levels)
     return value
+
+
+def block_layout(value: object) -> None:
+    """``value`` is a BlockLayout."""
+    if not isinstance(value, BlockLayout):
+        raise TypeError(f"layout must be a psa_kernels.BlockLayout, got {type(value).__name__}")
 
 
 def share_of(count: int, share: float) -> int:

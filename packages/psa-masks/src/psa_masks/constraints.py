@@ -86,6 +86,7 @@ def keep_full(
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
     """
+    checks.block_layout(layout)
     checks.levels(levels, layout)
     ranges = checks.token_ranges("protected", protected)
     for start, stop in ranges:

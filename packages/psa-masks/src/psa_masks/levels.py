@@ -24,7 +24,7 @@ def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full
     Args:
         importance: floating point ``[..., num_kv_blocks]``, finite and not negative (not checked: that
             would wait for the device). Shares are computed in float32.
-        bounds: cumulative upper ends tau_1 .. tau_H of levels 1..H, 1 to 8 numbers in [0, 1] that do not
+        bounds: cumulative upper ends tau_1 .. tau_H of levels 1..H, 1 to 9 numbers in [0, 1] that do not
             decrease. A level whose bound equals the one before it has an empty range.
         min_full: at least ``ceil(num_kv_blocks * min_full)`` blocks of each row are level 1, in [0, 1].
 
@@ -67,7 +67,7 @@ def levels_by_quota(importance: Tensor, bounds: Sequence[float]) -> Tensor:
 
     Args:
         importance: floating point ``[..., num_kv_blocks]``; only its order within a row matters.
-        bounds: cumulative shares tau_1 .. tau_H of the KV blocks, 1 to 8 numbers in [0, 1] that do not
+        bounds: cumulative shares tau_1 .. tau_H of the KV blocks, 1 to 9 numbers in [0, 1] that do not
             decrease. A level whose bound equals the one before it gets no block.
 
     Returns:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from psa_kernels import BlockLayout, block_importance, key_similarity
+from psa_kernels.block_importance import METHODS, REDUCTIONS
 from psa_masks import checks
 from psa_masks.constraints import cap_by_similarity, coarsest_level, keep_full, skip_to_mean
 from psa_masks.levels import levels_by_quota, levels_by_threshold
@@ -86,6 +87,12 @@ class MaskPolicy:
                     f"block_kv {self.block_kv}, got {len(limits)}"
                 )
         checks.integer("sinks", self.sinks, 0)
+        checks.choice("method", self.method, METHODS)
+        checks.choice("reduction", self.reduction, REDUCTIONS)
+        for name in ("diagonal", "is_causal"):
+            checks.boolean(name, getattr(self, name))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int, got {self.seed!r}")
         # Tuples and plain numbers, so that equal policies compare equal and hash.
         settled = {
             "bounds": bounds,

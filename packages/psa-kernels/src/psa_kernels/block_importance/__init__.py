@@ -1,5 +1,5 @@
 """How much each query block has to read of each KV block."""
 
-from psa_kernels.block_importance.api import block_importance
+from psa_kernels.block_importance.api import METHODS, REDUCTIONS, block_importance
 
-__all__ = ["block_importance"]
+__all__ = ["METHODS", "REDUCTIONS", "block_importance"]

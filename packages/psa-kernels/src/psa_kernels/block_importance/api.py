@@ -1,13 +1,14 @@
 """``block_importance``: scores that level decisions are made from."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from psa_kernels import checks
 from psa_kernels.block_importance.ops import block_importance_op
 from psa_kernels.block_importance.sampling import KEY_STREAM, QUERY_STREAM, sample_positions
+
+METHODS = ("sampled",)
+REDUCTIONS = ("max", "mean")
 
 
 def block_importance(
@@ -61,11 +62,12 @@ def block_importance(
         checks.positive_int(f"samples_{name}", samples)
         if samples > block:
             raise ValueError(f"samples_{name} must be at most block_{name} {block}, got {samples}")
-    checks.choice("method", method, ("sampled",))
-    checks.choice("reduction", reduction, ("max", "mean"))
+    checks.choice("method", method, METHODS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     checks.lengths(kv_lengths, query.shape[0], query.device)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__} {seed!r}")
+    checks.boolean("is_causal", is_causal)
     checks.causal(is_causal, query.shape[2], key.shape[2])
 
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -80,7 +82,7 @@ def block_importance(
         kv_positions,
         reduction,
         is_causal,
-        1 / math.sqrt(query.shape[3]) if scale is None else float(scale),
+        checks.scale(scale, query.shape[3]),
         checks.resolve_impl(impl, query),
     )
     return importance

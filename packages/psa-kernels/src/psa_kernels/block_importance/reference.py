@@ -15,6 +15,7 @@ def forward(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
+    dtype = importance_dtype(query)
     batch, heads, q_len, _ = query.shape
     kv_len, group = key.shape[2], heads // key.shape[1]
     blocks = (q_positions.shape[1], q_positions.shape[2], kv_positions.shape[1], kv_positions.shape[2])
@@ -26,7 +27,8 @@ def forward(
         seen = exists & (columns[None, :] <= rows[:, None] + kv_len - q_len) if is_causal else exists
         for h in range(heads):
             sampled_q, sampled_k = query[b, h, rows.clamp(min=0)], key[b, h // group, columns.clamp(min=0)]
-            logits = (sampled_q @ sampled_k.T * scale).to(importance_dtype(query)).masked_fill(~seen, -torch.inf)
+            products = sampled_q.to(dtype) @ sampled_k.to(dtype).T * scale
+            logits = products.to(query.dtype).to(dtype).masked_fill(~seen, -torch.inf)
             weights = logits.softmax(dim=-1).masked_fill(~seen, 0).reshape(blocks)
             if reduction == "max":
                 out.append(weights.amax(dim=(1, 3)))

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_kernels.block_importance.ops import importance_dtype
-from psa_kernels.triton_device import on_device
+from psa_kernels.triton_device import on_device, shared_memory_limit
 
 _LOG2_E = 1.4426950408889634
 
@@ -169,7 +169,18 @@ def forward(
     _, num_kv_blocks, samples_kv = kv_positions.shape
     out = torch.empty((batch, heads, num_q_blocks, num_kv_blocks), dtype=importance_dtype(query), device=query.device)
     per_block = triton.next_power_of_2(samples_kv)
+    blocks = max(1, 64 // per_block)
+    rows, dim_tile = (max(16, triton.next_power_of_2(n)) for n in (samples_q, head_dim))
     with on_device(query):
+        limit = shared_memory_limit(query.device)
+        # The sampled queries lie in shared memory once, a tile of sampled keys once a stage.
+        room = limit // (dim_tile * query.element_size()) - rows
+        stages = min(3, room // (blocks * per_block))
+        if stages < 1:
+            raise ValueError(
+                f"samples_q {samples_q} and samples_kv {samples_kv} with head_dim {head_dim} in {query.dtype} do not "
+                f"fit the {limit} bytes of shared memory of {query.device}; take fewer samples"
+            )
         _importance_kernel[(batch * heads * num_q_blocks,)](
             query,
             key,
@@ -186,14 +197,15 @@ def forward(
             kv_positions.stride(0) if kv_positions.shape[0] > 1 else 0,
             scale * _LOG2_E,
             HEAD_DIM=head_dim,
-            DIM_TILE=max(16, triton.next_power_of_2(head_dim)),
+            DIM_TILE=dim_tile,
             SAMPLES_Q=samples_q,
-            ROWS=max(16, triton.next_power_of_2(samples_q)),
+            ROWS=rows,
             SAMPLES_KV=samples_kv,
             PER_BLOCK=per_block,
-            BLOCKS=max(1, 64 // per_block),
+            BLOCKS=blocks,
             IS_CAUSAL=is_causal,
             IS_MEAN=reduction == "mean",
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            num_stages=stages,
         )
     return out

@@ -40,7 +40,7 @@ def _similarity_kernel(
     batch = pid // (num_blocks * num_heads)
     end = kv_len
     if HAS_LENGTHS:
-        end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch).to(tl.int32))
+        end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch)).to(tl.int32)
     count = tl.minimum(tl.maximum(end - block * BLOCK_KV, 0), BLOCK_KV)
 
     key_ptr += batch * key_strides[0] + head * key_strides[1]
@@ -64,6 +64,7 @@ def forward(key: Tensor, kv_lengths: Tensor | None, block_kv: int, num_levels: i
     out = torch.empty((batch, heads, num_blocks, num_levels - 1), dtype=similarity_dtype(key), device=key.device)
     if num_levels == 1:
         return out
+    kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
     with on_device(key):
         _similarity_kernel[(batch * heads * num_blocks,)](
             key,

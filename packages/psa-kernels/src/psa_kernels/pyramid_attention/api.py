@@ -1,7 +1,6 @@
 """``pyramid_attention``: checks and dispatch."""
 
-import math
-
+import torch
 from torch import Tensor
 
 from psa_kernels import checks
@@ -71,7 +70,9 @@ def pyramid_attention(
         raise ValueError(f"value must have key's shape {list(key.shape)}, got {list(value.shape)}")
     checks.lengths(kv_lengths, query.shape[0], query.device)
     impl = checks.resolve_impl(impl, query)
-    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    scale = checks.scale(scale, query.shape[3])
+    checks.boolean("is_causal", is_causal)
+    checks.boolean("return_lse", return_lse)
 
     if num_levels is None:
         checks.power_of_two("block_kv", block_kv)
@@ -94,7 +95,8 @@ def pyramid_attention(
 
     if impl == "reference":
         level_map = levels.to_levels() if isinstance(levels, LevelPlan) else levels
-        out, lse = reference(query, key, value, level_map, layout, kv_lengths, scale)
+        with torch.autocast(query.device.type, enabled=False):
+            out, lse = reference(query, key, value, level_map, layout, kv_lengths, scale)
     else:
         checks.no_grad_needed("pyramid_attention", query, key, value)
         plan = levels if isinstance(levels, LevelPlan) else LevelPlan.from_levels(levels, layout, impl=impl)

@@ -1,7 +1,6 @@
 """Tile sizes, warps and pipeline stages as data, chosen by what a device has."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -48,12 +47,3 @@ def choose_tile(*, block_q: int, head_dim: int, dtype: torch.dtype, shared_memor
         if tile.shared_memory(head_dim, dtype.itemsize) <= shared_memory:
             return Tile(min(tile.tile_m, max(16, block_q)), tile.tile_n, tile.num_warps, tile.num_stages)
     raise ValueError(f"no tile for head_dim {head_dim} in {dtype} fits {shared_memory} bytes of shared memory")
-
-
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory a program may have on ``device``; the interpreter on the CPU has no limit of its own
-    and is given that of an sm_90."""
-    if device.type != "cuda":
-        return 227 * 1024
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field below
-    return int(properties.shared_memory_per_block_optin)

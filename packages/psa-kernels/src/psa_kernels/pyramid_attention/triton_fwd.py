@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_kernels.pyramid_attention.ops import lse_dtype
-from psa_kernels.pyramid_attention.tiles import choose_tile, shared_memory_limit
+from psa_kernels.pyramid_attention.tiles import choose_tile
 from psa_kernels.pyramid_pool.triton_fwd import forward as pool_rows
-from psa_kernels.triton_device import on_device
+from psa_kernels.triton_device import on_device, shared_memory_limit
 
 _LOG2_E = 1.4426950408889634
 
@@ -101,7 +101,7 @@ def _forward_kernel(
 
     kv_end = kv_len
     if HAS_LENGTHS:
-        kv_end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch).to(tl.int32))
+        kv_end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch)).to(tl.int32)
     q_position = (q_token + kv_len - q_len).to(tl.int32)
     indices_ptr += plan_row * num_kv_blocks
     offsets_ptr += plan_row * (NUM_LEVELS + 1)
@@ -132,7 +132,7 @@ def _forward_kernel(
         pooled_key_ptr += level_rows * HEAD_DIM
         pooled_value_ptr += level_rows * HEAD_DIM
 
-    has_read = row_sum > 0
+    has_read = row_sum != 0  # true for NaN too: what is not a number shows
     out = acc / tl.where(has_read, row_sum, 1.0)[:, None]
     out_ptr += batch * out_strides[0] + head * out_strides[1]
     offset = q_token[:, None] * out_strides[2] + dim.to(tl.int64)[None, :] * out_strides[3]
@@ -160,6 +160,8 @@ def forward(
             "impl='triton' takes float16, bfloat16 or float32 with head_dim up to 256, "
             f"got {query.dtype} with head_dim {head_dim}"
         )
+    indices, offsets = indices.contiguous(), offsets.contiguous()
+    kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
     num_q_blocks, num_kv_blocks = indices.shape[2:]
     num_levels = offsets.shape[3] - 1
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

@@ -9,7 +9,7 @@ from psa_kernels.layout import num_rows, row_counts
 from psa_kernels.pyramid_pool.ops import pyramid_pool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pyramid:
     """A sequence at every level.
 

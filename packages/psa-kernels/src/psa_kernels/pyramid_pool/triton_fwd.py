@@ -52,7 +52,7 @@ def _pool_kernel(
     batch = pid // (num_dim_tiles * num_runs * num_heads)
     end = kv_len
     if HAS_LENGTHS:
-        end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch).to(tl.int32))
+        end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch)).to(tl.int32)
 
     token = run * RUN + tl.arange(0, RUN)
     dim = dim_tile * DIM_TILE + tl.arange(0, DIM_TILE)
@@ -74,6 +74,7 @@ def forward(x: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
     pooled = x.new_empty((batch, heads, rows_total, head_dim))
     if num_levels == 1:
         return pooled
+    kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
     run = max(32, pool_size(num_levels))
     num_runs = triton.cdiv(kv_len, run)
     num_dim_tiles = triton.cdiv(head_dim, _DIM_TILE)

@@ -7,7 +7,7 @@ import torch
 
 from psa_masks import checks
 from psa_masks.grid import VideoGrid
-from psa_masks.order.token_order import TokenOrder
+from psa_masks.order.token_order import TokenOrder, ordinary_cpu_tensors
 
 
 def cube_order(grid: VideoGrid, cube: Sequence[int] = (2, 8, 8)) -> TokenOrder:
@@ -34,6 +34,7 @@ def cube_order(grid: VideoGrid, cube: Sequence[int] = (2, 8, 8)) -> TokenOrder:
 
 
 @lru_cache(maxsize=16)
+@ordinary_cpu_tensors()
 def _cube_order(grid: VideoGrid, cube: tuple[int, int, int]) -> TokenOrder:
     t, y, x = (torch.arange(size) // side for size, side in zip(grid.shape, cube, strict=True))
     rows, columns = (-(-size // side) for size, side in zip(grid.shape[1:], cube[1:], strict=True))

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from psa_masks.grid import VideoGrid
-from psa_masks.order.token_order import TokenOrder
+from psa_masks.order.token_order import TokenOrder, ordinary_cpu_tensors
 
 # Sets of axes and corners of a box are numbers of three bits, one an axis: the corner at the far end of axes
 # 0 and 2 is 0b101, and a move that crosses the axes m takes corner c to c ^ m.
@@ -66,6 +66,7 @@ def gilbert_order(grid: VideoGrid) -> TokenOrder:
 
 
 @lru_cache(maxsize=16)
+@ordinary_cpu_tensors()
 def _gilbert_order(grid: VideoGrid) -> TokenOrder:
     moves = sorted(_moves(grid.shape), key=int.bit_count)
     t, y, x = _path(grid.shape, moves[0], {}).unbind(dim=1)

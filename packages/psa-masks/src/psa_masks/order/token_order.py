@@ -1,5 +1,7 @@
 """A permutation of a sequence that can be taken back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -7,6 +9,14 @@ from torch import Tensor
 
 from psa_masks import checks
 from psa_masks.grid import VideoGrid
+
+
+@contextmanager
+def ordinary_cpu_tensors() -> Iterator[None]:
+    """Orders are cached and shared, so they lie on the CPU and may take part in autograd, whatever default device or
+    inference mode surrounds the first call."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 class TokenOrder:
@@ -30,17 +40,21 @@ class TokenOrder:
             raise TypeError(f"order must be an int64 tensor, got {kind}")
         if order.ndim != 1:
             raise ValueError(f"order must have shape [n], got {list(order.shape)}")
-        self.order = order.detach().to("cpu", copy=True)
+        with ordinary_cpu_tensors():
+            self._settle(order.detach().to("cpu", copy=True))
+        self._on_device: dict[tuple[torch.device, bool], Tensor] = {}
+
+    def _settle(self, order: Tensor) -> None:
+        self.order = order
         places = torch.arange(len(self.order))
         if not torch.equal(self.order.sort().values, places):
             raise ValueError(f"order must hold each of 0..{len(places) - 1} once, got {order.tolist()[:16]}")
         self.inverse = torch.empty_like(self.order).scatter_(0, self.order, places)
-        self._on_device: dict[tuple[torch.device, bool], Tensor] = {}
 
     @classmethod
     def identity(cls, length: int) -> Self:
         """The order that leaves ``length`` tokens where they are."""
-        return cls(torch.arange(checks.integer("length", length, 0)))
+        return cls(torch.arange(checks.integer("length", length, 0), device="cpu"))
 
     @classmethod
     def of_video(cls, grid: VideoGrid, video: Tensor) -> Self:
@@ -50,7 +64,7 @@ class TokenOrder:
             grid: the sequence.
             video: int64 ``[grid.video_len]``, a permutation of the video tokens counted from 0.
         """
-        order = torch.arange(grid.seq_len)
+        order = torch.arange(grid.seq_len, device="cpu")
         start, stop = grid.video_range
         order[start:stop] = video + start
         return cls(order)
@@ -78,6 +92,8 @@ class TokenOrder:
         return self._select(x, dim, inverse=True)
 
     def _select(self, x: Tensor, dim: int, *, inverse: bool) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not -x.ndim <= dim < x.ndim:
             raise ValueError(f"dim must be an axis of x with shape {list(x.shape)}, got {dim}")
         if x.shape[dim] != len(self):
@@ -85,6 +101,7 @@ class TokenOrder:
         key = (x.device, inverse)
         index = self._on_device.get(key)
         if index is None:
-            index = (self.inverse if inverse else self.order).to(x.device)
+            with torch.inference_mode(False):  # the index is kept, and later callers may want gradients
+                index = (self.inverse if inverse else self.order).to(x.device)
             self._on_device[key] = index
         return x.index_select(dim, index)
