@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from psa_config import Preset, load_presets
 from psa_integrations import PyramidAttention
 from psa_kernels.testing import assert_within_error_budget, make_qkv
-from psa_masks import VideoGrid
+from psa_masks import TokenOrder, VideoGrid
 
 MakePreset = Callable[..., Preset]
 
@@ -84,6 +84,13 @@ def test_every_shipped_preset_runs(model: str, name: str) -> None:
     assert out.isfinite().all()
 
 
+def test_triton_without_a_gpu_is_refused_before_work(sparse: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(TokenOrder, "apply", lambda *_: pytest.fail("tokens were reordered"))
+    with pytest.raises(ValueError, match="impl='triton' needs tensors on a GPU, got cpu"):
+        PyramidAttention(sparse, GRID, impl="triton")(*make_qkv(batch=2, q_len=GRID.seq_len))
+
+
 def test_wrong_arguments(sparse: Preset) -> None:
     with pytest.raises(TypeError, match=r"grid must be a psa_masks.VideoGrid or None, got tuple"):
         PyramidAttention(sparse, (3, 7, 9))
@@ -91,6 +98,8 @@ def test_wrong_arguments(sparse: Preset) -> None:
         PyramidAttention("psa_balanced")
     with pytest.raises(ValueError, match="no_such_preset"):
         PyramidAttention("tiny-wan/no_such_preset")
+    with pytest.raises(ValueError, match=r"impl must be one of 'triton', .* got 'tritn'"):
+        PyramidAttention(sparse, impl="tritn")
     query, key, value = make_qkv(batch=2, q_len=GRID.seq_len + 1)
     with pytest.raises(ValueError, match=r"query must have the 189 tokens of VideoGrid.*got 190"):
         PyramidAttention(sparse, GRID)(query, key, value)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import psa_integrations
 from psa_config import load_presets
-from psa_integrations.cli import demo, main
+from psa_integrations.cli import build_parser, demo, main
 from psa_integrations.cli.models import MODELS
 from psa_integrations.tiny_wan import build_random_pipeline
 
@@ -94,6 +94,7 @@ def test_a_lora_changes_the_video(weights: str, tmp_path: Path) -> None:
         (["--lora", "."], "--lora must hold a .safetensors file"),
         (["--weights", "nowhere"], "no tiny-wan weights"),
         (["--model", "wan2.1-1.3b", "--weights", "nowhere"], "--weights must be a folder with a model_index.json"),
+        (["--steps", "5", "--preset", "psa_tail"], "tiny-wan/psa_tail, warmup_steps 5 and cooldown_steps 0, got 5"),
         (["--device", "abacus"], "--device must be a device of torch such as cpu or cuda:0, got abacus"),
         (["--device", "cuda:99"], "--device is cuda:99, and torch sees"),
     ],
@@ -111,6 +112,19 @@ def test_an_error_is_one_line_and_leaves_nothing(
     assert generate(weights, Path("video.mp4"), *arguments) == 1
     assert message in error_line(capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"no safetensors", None], ids=["damaged", "half of a pair"])
+def test_a_file_that_is_no_lora_is_named(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    lora = tmp_path / "lora.safetensors"
+    if content is None:
+        save_file({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 64)}, lora)
+    else:
+        lora.write_bytes(content)
+    assert generate(weights, tmp_path / "video.mp4", "--lora", str(lora)) == 1
+    assert f"--lora must be a LoRA of this model in safetensors, and {lora} is not" in error_line(capsys)
 
 
 def test_weights_that_cannot_be_downloaded_are_explained(
@@ -158,6 +172,30 @@ def test_wrong_usage_exits_with_two(arguments: list[str]) -> None:
     assert exit_.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--guidance", "nan", "must be finite, got nan"),
+        ("--guidance", "inf", "must be finite, got inf"),
+        ("--seed", str(2**64), f"must fit 64 bits, got {2**64}"),
+        ("--seed", str(-(2**63) - 1), f"must fit 64 bits, got {-(2**63) - 1}"),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a ring"], ["demo"]], ids=["generate", "demo"])
+def test_numbers_out_of_range_are_named(
+    command: list[str], option: str, value: str, rule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        build_parser().parse_args([*command, option, value])
+    assert exit_.value.code == 2
+    assert f"argument {option}: {rule}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
+def test_the_outermost_seeds_work(weights: str, tmp_path: Path, seed: int) -> None:
+    assert generate(weights, tmp_path / "a.mp4", "--preset", "baseline", "--steps", "1", "--seed", str(seed)) == 0
+
+
 def test_every_model_has_presets_and_documented_defaults() -> None:
     book = load_presets()
     assert sorted(spec.presets for spec in MODELS.values()) == sorted(book.models)
@@ -185,6 +223,36 @@ def test_demo_compares_and_writes_four_videos(weights: str, tmp_path: Path, caps
         assert 0 < density <= 1
         assert psnr > 0
         assert ssim <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "8"], "--width and --height must be at least 12 to compare by SSIM, got 8 and 16"),
+        (["--steps", "5"], "tiny-wan/psa_balanced, warmup_steps 5 and cooldown_steps 0, got 5"),
+        (["--out", "taken"], "taken"),
+        (["--out", "folders"], "--out must be a file, and folders/side_by_side.mp4 is a folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_demo_refuses_before_it_loads_the_model(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    Path("folders/side_by_side.mp4").mkdir(parents=True)
+    monkeypatch.setattr(demo, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert main(["demo", "--out", "videos", *SIZE, *arguments]) == 1
+    assert message in error_line(capsys)
+
+
+def test_the_smallest_demo_is_compared(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--weights", weights, "--out", str(tmp_path), *SIZE, "--width", "12", "--height", "12"]) == 0
+    assert "nan" not in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

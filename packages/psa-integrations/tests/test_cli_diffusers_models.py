@@ -135,3 +135,27 @@ def test_the_four_step_recipe_of_cogvideox(
     assert (called["width"], called["height"], called["num_frames"]) == (720, 480, 49)
     assert iio.imread(out).shape == (9, 32, 32, 3)
     assert 0 < density_printed(capsys) <= 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model_index.json", "{", "model_index.json must be JSON"),
+        ("model_index.json", "[]", "model_index.json must name a pipeline of diffusers as its _class_name, got None"),
+        ("model_index.json", '{"_class_name": "MyPipeline"}', "as its _class_name, got 'MyPipeline'"),
+        ("model_index.json", '{"_class_name": "WanTransformer3DModel"}', "got 'WanTransformer3DModel'"),
+        ("text_encoder/model.safetensors", "no safetensors", "are damaged"),
+    ],
+)
+def test_bad_files_among_the_weights_are_an_error_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str, message: str
+) -> None:
+    folder = tmp_path / "wan"
+    save_wan(folder)
+    (folder / file).write_text(content)
+    arguments = ["generate", "--model", "wan2.1-1.3b", "--weights", str(folder), "--prompt", "a cat"]
+    assert main([*arguments, "--out", str(tmp_path / "cat.mp4")]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("psa: error: ")
+    assert str(folder) in line
+    assert message in line

@@ -6,7 +6,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from psa_integrations.cli.video import psnr_and_ssim, side_by_side, write_video
+from psa_integrations.cli.video import check_output, psnr_and_ssim, side_by_side, write_video
 
 
 def moving_square(frames: int = 5, size: int = 32) -> np.ndarray:
@@ -30,6 +30,19 @@ def test_an_existing_video_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"old")
     write_video(moving_square(), tmp_path / "a.mp4", fps=5)
     assert len(iio.imread(tmp_path / "a.mp4")) == 5
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    check_output(tmp_path / "a.mp4")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "b.mp4").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"--out must be a file, and .*b\.mp4 is a folder"):
+        check_output(tmp_path / "b.mp4")
+    with pytest.raises(FileNotFoundError, match="--out must lie in a folder that exists"):
+        check_output(tmp_path / "none" / "a.mp4")
+    # Nobody can make a file there, whatever the permission bits say.
+    with pytest.raises(OSError, match=r"--out must lie in a folder that can be written, got /proc/a\.mp4"):
+        check_output(Path("/proc/a.mp4"))
 
 
 def test_side_by_side_keeps_every_pixel() -> None:

@@ -215,6 +215,35 @@ def test_a_cache_works_unless_the_token_order_changes_under_it(
         transformer(**wan_call)
 
 
+def steps_before_the_error(run: Run, pipeline: Any, error: type[Exception], match: str) -> int:
+    done: list[int] = []
+
+    def note(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        done.append(step)
+        return {}
+
+    with pytest.raises(error, match=match):
+        run(pipeline, steps=5, callback_on_step_end=note)
+    return len(done)
+
+
+def test_a_cache_is_refused_before_the_dense_steps(build: Build, run: Run, make_preset: MakePreset) -> None:
+    pipeline = build("wan21")
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with apply_pyramid_sparse_attention(pipeline, make_preset((1.0,) * 4, warmup_steps=3)):
+        assert steps_before_the_error(run, pipeline, UnsupportedError, "cache") == 0
+
+
+@pytest.mark.parametrize("name", ["wan21", "cogvideox_5b"])
+def test_triton_without_a_gpu_is_refused_before_the_dense_steps(
+    name: str, build: Build, run: Run, make_preset: MakePreset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    pipeline = build(name)
+    with apply_pyramid_sparse_attention(pipeline, make_preset((1.0,) * 4, warmup_steps=3), impl="triton"):
+        assert steps_before_the_error(run, pipeline, ValueError, "impl='triton' needs tensors on a GPU") == 0
+
+
 def test_compiled_models_are_refused(build: Build, sparse: Preset) -> None:
     transformer = build("wan21").transformer
     with pytest.raises(RuntimeError, match="compiled"):
@@ -290,6 +319,8 @@ def test_wrong_arguments(build: Build, sparse: Preset, make_preset: MakePreset) 
             apply_pyramid_sparse_attention(model, sparse)
     with pytest.raises(ValueError, match=r"on_unsupported must be one of .* got 'ignore'"):
         apply_pyramid_sparse_attention(pipeline, sparse, on_unsupported="ignore")
+    with pytest.raises(ValueError, match=r"impl must be one of 'triton', .* got 'tritn'"):
+        apply_pyramid_sparse_attention(pipeline, sparse, impl="tritn")
     with pytest.raises(ValueError, match="preset_2 is for a second transformer"):
         apply_pyramid_sparse_attention(pipeline, sparse, preset_2=sparse)
     with pytest.raises(ValueError, match=r"dense_layers must be below the 2 layers .* got \[2, 7\]"):

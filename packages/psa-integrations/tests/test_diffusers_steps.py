@@ -201,6 +201,20 @@ def test_a_transformer_alone_needs_to_be_told_the_step(
 
 
 @torch.no_grad()
+def test_a_step_that_the_pipeline_does_not_tell_has_advice_that_helps(
+    build: Callable[[str], Any], make_preset: Callable[..., Preset], wan_call: dict[str, torch.Tensor]
+) -> None:
+    pipeline = build("wan21")
+    preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1)
+    with apply_pyramid_sparse_attention(pipeline, preset) as handle:
+        with pytest.raises(StepError, match=r"pipeline's UniPCMultistepScheduler does not tell it, .*at_step") as error:
+            pipeline.transformer(**wan_call)
+        assert "give apply_pyramid_sparse_attention the pipeline" not in str(error.value)
+        with handle.at_step(0):
+            pipeline.transformer(**wan_call)
+
+
+@torch.no_grad()
 def test_a_transformer_alone_runs_sparse_where_no_step_is_dense(
     build: Callable[[str], Any], sparse: Preset, wan_call: dict[str, torch.Tensor]
 ) -> None:

@@ -11,7 +11,9 @@ import psa_integrations
 
 for name in psa_integrations.__all__:
     getattr(psa_integrations, name)
-assert "diffusers" not in sys.modules
+import psa_integrations.cli
+
+assert not {"diffusers", "torchmetrics"} & set(sys.modules)
 assert not torch.cuda.is_initialized()
 x = torch.ones(1, 1, 8, 4)
 assert torch.equal(psa_integrations.PyramidAttention("tiny-wan/psa_tail")(x, x, x), x)

@@ -45,6 +45,8 @@ def test_a_preset_without_dense_steps_needs_no_step() -> None:
 def test_an_unknown_step_is_an_error_where_it_decides() -> None:
     with pytest.raises(StepError, match="warmup_steps 2 and cooldown_steps 0"):
         is_dense_step(None, warmup=2, cooldown=0)
+    with pytest.raises(StepError, match="is unknown: give apply_pyramid_sparse_attention the pipeline"):
+        is_dense_step(None, warmup=2, cooldown=0)
     with pytest.raises(StepError, match="cooldown_steps 1, and the number of steps of this run is unknown"):
         is_dense_step(Step(3), warmup=0, cooldown=1)
     assert is_dense_step(Step(1), warmup=2, cooldown=1)
@@ -145,6 +147,12 @@ def test_training_timesteps_are_no_schedule() -> None:
     pipeline = Pipeline([900.0, 600.0, 300.0])
     pipeline.scheduler.num_inference_steps = None
     assert StepFinder(pipeline).find(torch.tensor([600.0])) is None
+
+
+def test_the_scheduler_is_named_where_a_pipeline_was_given() -> None:
+    pipeline = Pipeline([900.0, 600.0, 300.0])
+    assert StepFinder(pipeline).scheduler_name == "SimpleNamespace"
+    assert StepFinder().scheduler_name is None
 
 
 def test_the_pipeline_is_not_kept_alive() -> None:

@@ -5,8 +5,23 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from psa_config import Preset
 from psa_integrations.build import find_preset, mask_policy, sparse_attention_of, token_order
-from psa_kernels import BlockLayout, LevelPlan, pyramid_attention
+from psa_kernels import BlockLayout, LevelPlan, checks, pyramid_attention
 from psa_masks import MaskPolicy, VideoGrid
+
+
+def check_impl(impl: str | None) -> None:
+    """Raises ValueError if psa_kernels has no implementation of that name; None leaves it the choice."""
+    if impl is not None:
+        checks.choice("impl", impl, checks.IMPLS)
+
+
+def check_device(impl: str | None, tensor: Tensor) -> None:
+    """Raises ValueError if `impl` is Triton, asked for by name, and Triton cannot run where `tensor` lies."""
+    if impl == "triton" and tensor.device.type != "cuda":
+        # Imported here because it imports Triton, which others do without.
+        from psa_kernels.triton_device import on_device
+
+        on_device(tensor)
 
 
 def sparse_attention(
@@ -66,13 +81,14 @@ class PyramidAttention(nn.Module):
 
     Raises:
         TypeError: if `preset` or `grid` is of another type.
-        ValueError: if nothing has the name `preset`.
+        ValueError: if nothing has the name `preset` or `impl`.
     """
 
     def __init__(self, preset: Preset | str, grid: VideoGrid | None = None, *, impl: str | None = None) -> None:
         super().__init__()
         if grid is not None and not isinstance(grid, VideoGrid):
             raise TypeError(f"grid must be a psa_masks.VideoGrid or None, got {type(grid).__name__}")
+        check_impl(impl)
         self.preset = find_preset(preset)
         self.grid = grid
         self.impl = impl
@@ -92,7 +108,8 @@ class PyramidAttention(nn.Module):
             [B, H, q_len, D] in the dtype of `value`, to which query and key are cast where they differ.
 
         Raises:
-            ValueError: if a grid was given and q_len or kv_len is not its number of tokens.
+            ValueError: if a grid was given and q_len or kv_len is not its number of tokens, or `impl` is
+                "triton" and the tensors are not on a GPU.
         """
         if self.grid is not None:
             for name, tensor in (("query", query), ("key", key)):
@@ -107,6 +124,7 @@ class PyramidAttention(nn.Module):
                 value,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
+        check_device(self.impl, query)
         if self._order is not None:
             query, key, value = (self._order.apply(tensor, 2) for tensor in (query, key, value))
         out, _ = sparse_attention(query, key, value, self._policy, impl=self.impl)

@@ -27,8 +27,14 @@ class Step:
             raise ValueError(f"total must be above index {self.index}, got {self.total}")
 
 
-def is_dense_step(step: Step | None, *, warmup: int, cooldown: int) -> bool:
+def is_dense_step(step: Step | None, *, warmup: int, cooldown: int, scheduler: str | None = None) -> bool:
     """Whether `step` is one of the `warmup` first or the `cooldown` last steps of its run.
+
+    Args:
+        step: None if it is unknown.
+        warmup: number of dense steps at the start.
+        cooldown: number of dense steps at the end.
+        scheduler: the class whose schedule was searched for the step, None if there was none to search.
 
     Raises:
         StepError: if the answer depends on a step, or on a number of steps, that is not known.
@@ -36,10 +42,14 @@ def is_dense_step(step: Step | None, *, warmup: int, cooldown: int) -> bool:
     if warmup == 0 and cooldown == 0:
         return False
     if step is None:
+        advice = (
+            "give apply_pyramid_sparse_attention the pipeline, or call"
+            if scheduler is None
+            else f"the pipeline's {scheduler} does not tell it, so call"
+        )
         raise StepError(
             f"the preset has warmup_steps {warmup} and cooldown_steps {cooldown}, and the denoising step of "
-            "this call is unknown: give apply_pyramid_sparse_attention the pipeline, or call the transformer "
-            "inside `with handle.at_step(index, total)`"
+            f"this call is unknown: {advice} the transformer inside `with handle.at_step(index, total)`"
         )
     if step.index < warmup:
         return True
@@ -103,8 +113,17 @@ class StepFinder:
             return known if run is None else Step(known.index, run.total)
         return None if run is None else run.find(timestep)
 
+    @property
+    def scheduler_name(self) -> str | None:
+        """The class of the pipeline's scheduler, None without a pipeline."""
+        scheduler = getattr(self._living_pipeline(), "scheduler", None)
+        return None if scheduler is None else type(scheduler).__name__
+
+    def _living_pipeline(self) -> Any:
+        return None if self._pipeline is None else self._pipeline()
+
     def _run(self) -> "_Run | None":
-        pipeline: Any = None if self._pipeline is None else self._pipeline()
+        pipeline = self._living_pipeline()
         scheduler = getattr(pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         # Before set_timesteps a scheduler lists its training timesteps, which are no run.

@@ -7,13 +7,14 @@ from typing import Any
 from psa_config import load_presets
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
-from psa_integrations.cli.sample import Result, add_sampling_options, chosen, sample
-from psa_integrations.cli.video import psnr_and_ssim, side_by_side, write_video
+from psa_integrations.cli.sample import Result, add_sampling_options, check_steps, chosen, sample
+from psa_integrations.cli.video import SMALLEST_SIDE, check_output, psnr_and_ssim, side_by_side, write_video
 
 PRESETS = ("baseline", "psa_balanced", "psa_tail")
 # Three videos take under four minutes on one core; larger ones gain more from sparse attention, and take longer.
 DEFAULTS = RunDefaults(width=64, height=64, frames=16, steps=20, guidance=3.0, fps=8)
 _SCALE = 4
+_FILES = tuple(f"{name}.mp4" for name in (*PRESETS, "side_by_side"))
 
 
 def add_parser(commands: Any) -> None:
@@ -38,8 +39,17 @@ def run(options: argparse.Namespace) -> None:
     book = load_presets()
     presets = [book.get(spec.presets, name) for name in PRESETS]
     settings = chosen(options, DEFAULTS)
-    pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
+    if min(settings.width, settings.height) < SMALLEST_SIDE:
+        raise ValueError(
+            f"--width and --height must be at least {SMALLEST_SIDE} to compare by SSIM, "
+            f"got {settings.width} and {settings.height}"
+        )
+    for preset in presets:
+        check_steps(preset, settings.steps)
     options.out.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        check_output(options.out / name)
+    pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
 
     results = []
     for preset in presets:
@@ -54,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         f"{settings.width}x{settings.height}, {settings.steps} steps"
     )
     print(comparison_table(results))
-    print(f"Videos: {', '.join(f'{name}.mp4' for name in (*PRESETS, 'side_by_side'))} in {options.out}/")
+    print(f"Videos: {', '.join(_FILES)} in {options.out}/")
 
 
 def comparison_table(results: list[Result]) -> str:

@@ -1,11 +1,13 @@
 """Weights to a pipeline on its device."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
+from safetensors import SafetensorError
 
 from psa_integrations.cli.models import ModelSpec
 
@@ -31,7 +33,7 @@ def load_model(
 
     Raises:
         OSError: weights or LoRA cannot be had; the message says where they were looked for.
-        ValueError: no such device, or a LoRA without peft installed.
+        ValueError: no such device, a LoRA without peft installed, or a file that does not hold what it should.
     """
     place = _device(device)
     precision = DTYPES[dtype] if dtype else torch.float32 if place.type == "cpu" else torch.bfloat16
@@ -63,8 +65,8 @@ def _device(name: str | None) -> torch.device:
 def _load_diffusers(spec: ModelSpec, weights: Path | None, dtype: torch.dtype) -> Any:
     import diffusers
 
-    if weights is not None and not (weights / "model_index.json").is_file():
-        raise FileNotFoundError(f"--weights must be a folder with a model_index.json, got {weights}")
+    if weights is not None:
+        _check_index(weights)
     argument = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
     # Wan's VAE loses visible detail in half precision.
     precision = {"default": dtype, "vae": torch.float32} if spec.name.startswith("wan") else dtype
@@ -75,6 +77,8 @@ def _load_diffusers(spec: ModelSpec, weights: Path | None, dtype: torch.dtype) -
             local_files_only=weights is not None,
             **{argument: precision},
         )
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {weights or spec.hub} are damaged: {error}") from error
     except OSError as error:
         if weights is not None:
             raise
@@ -82,6 +86,22 @@ def _load_diffusers(spec: ModelSpec, weights: Path | None, dtype: torch.dtype) -
             f"the weights of {spec.name} ({spec.hub}) are not in the local cache and could not be downloaded; "
             f"go online or pass --weights FOLDER. diffusers says: {error}"
         ) from error
+
+
+def _check_index(weights: Path) -> None:
+    import diffusers
+
+    index = weights / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"--weights must be a folder with a model_index.json, got {weights}")
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{index} must be JSON: {error}") from error
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise ValueError(f"{index} must name a pipeline of diffusers as its _class_name, got {name!r}")
 
 
 def _check_lora(path: Path) -> None:
@@ -96,4 +116,7 @@ def _check_lora(path: Path) -> None:
 
 def _load_lora(pipeline: Any, path: Path) -> None:
     folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
-    pipeline.load_lora_weights(str(folder), weight_name=name, use_safetensors=True, local_files_only=True)
+    try:
+        pipeline.load_lora_weights(str(folder), weight_name=name, use_safetensors=True, local_files_only=True)
+    except (SafetensorError, LookupError) as error:  # LookupError: half of a pair of matrices is not there
+        raise ValueError(f"--lora must be a LoRA of this model in safetensors, and {path} is not: {error}") from error

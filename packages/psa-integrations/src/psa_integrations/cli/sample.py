@@ -1,6 +1,7 @@
 """One video from one preset: what `psa generate` and `psa demo` share."""
 
 import argparse
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from psa_config import Preset
+from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
 from psa_integrations.diffusers import apply_pyramid_sparse_attention
@@ -31,14 +33,30 @@ def positive(text: str) -> int:
     return value
 
 
+def finite(text: str) -> float:
+    """Parses a finite number for argparse."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """Parses what torch takes as a seed, for argparse."""
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"must fit 64 bits, got {text}")
+    return value
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what to sample and where; those left out are None."""
-    parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the initial noise (default 0)")
     parser.add_argument("--width", type=positive, help="in pixels")
     parser.add_argument("--height", type=positive, help="in pixels")
     parser.add_argument("--frames", type=positive)
     parser.add_argument("--steps", type=positive, help="denoising steps")
-    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance")
+    parser.add_argument("--guidance", type=finite, help="scale of classifier-free guidance")
     parser.add_argument("--negative-prompt", help="what to lead away from")
     parser.add_argument("--fps", type=positive, help="frames a second of the file")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
@@ -57,8 +75,23 @@ def chosen(options: argparse.Namespace, defaults: RunDefaults) -> RunDefaults:
     return RunDefaults(**{name: pick(name) for name in names})
 
 
+def check_steps(preset: Preset, steps: int) -> None:
+    """Raises ValueError if a sparse preset would leave none of the run's steps sparse."""
+    sparse = sparse_attention_of(preset)
+    if sparse is not None and sparse.warmup_steps + sparse.cooldown_steps >= steps:
+        raise ValueError(
+            f"--steps must be above the dense steps of {preset.model}/{preset.name}, warmup_steps "
+            f"{sparse.warmup_steps} and cooldown_steps {sparse.cooldown_steps}, got {steps}"
+        )
+
+
 def sample(pipeline: Any, preset: Preset, options: argparse.Namespace, run: RunDefaults) -> Result:
-    """Generates one video with the preset's attention; the pipeline is left as it was."""
+    """Generates one video with the preset's attention; the pipeline is left as it was.
+
+    Raises:
+        ValueError: see `check_steps`; and what the pipeline refuses.
+    """
+    check_steps(preset, run.steps)
     pipeline.set_progress_bar_config(desc=preset.name, disable=options.quiet)
     with apply_pyramid_sparse_attention(pipeline, preset) as applied:
         began = time.perf_counter()

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+SMALLEST_SIDE = 12
+"""Of a video in pixels, for SSIM, whose window is 11 wide; sides are multiples of 4."""
 
 
 def check_output(path: Path) -> None:
@@ -15,6 +17,14 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--out must end in .mp4, got {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out must lie in a folder that exists, got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--out must be a file, and {path} is a folder")
+    try:
+        # Permission bits do not tell of everything that keeps a file from being made.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"--out must lie in a folder that can be written, got {path}: {error.strerror}") from error
 
 
 def write_video(video: np.ndarray, path: Path, fps: int) -> None:
@@ -39,6 +49,9 @@ def side_by_side(videos: Sequence[np.ndarray], scale: int) -> np.ndarray:
 
 def psnr_and_ssim(video: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """PSNR in dB over all pixels, infinite for equal videos, and the mean SSIM of the frames."""
+    # Imported here because it takes long to import, and only a comparison needs it.
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     ours, theirs = (torch.from_numpy(v).float().permute(0, 3, 1, 2) for v in (video, reference))
     psnr = peak_signal_noise_ratio(ours, theirs, data_range=1.0)
     ssim = structural_similarity_index_measure(ours, theirs, data_range=1.0)

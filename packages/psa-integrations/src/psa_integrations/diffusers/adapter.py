@@ -17,8 +17,13 @@ class SelfAttention(Protocol):
     def active(self) -> bool:
         """False once the integration has been taken off."""
 
-    def runs_sparse(self, layer: int, attention_mask: Tensor | None) -> bool:
-        """Whether this call is the processor's to compute; otherwise the model's own processor does."""
+    def runs_sparse(self, layer: int, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether this call is the processor's to compute; otherwise the model's own processor does.
+
+        Raises:
+            ValueError: if the implementation asked for cannot run on the device of `hidden_states`.
+            UnsupportedError: if there is an attention mask in a sparse step.
+        """
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Sparse attention over [B, H, L, D] tensors."""

@@ -8,6 +8,7 @@ from typing import get_args
 from torch import nn
 
 from psa_config import Preset
+from psa_integrations.attention import check_impl
 from psa_integrations.build import find_preset
 from psa_integrations.diffusers.adapter import Adapter
 from psa_integrations.diffusers.site import OnUnsupported, TransformerSite, UnsupportedError
@@ -89,7 +90,8 @@ def apply_pyramid_sparse_attention(
             above 256, an attention mask, context parallelism, a diffusers cache across dense and reordered
             steps. `"raise"` raises an UnsupportedError, at once where it can be known before a step;
             `"dense"` warns once and runs dense, without statistics where nothing could be put on at all.
-        impl: implementation of the operators, see psa_kernels.pyramid_attention.
+        impl: implementation of the operators, see psa_kernels.pyramid_attention. `"triton"` on tensors that are
+            not on a GPU is a ValueError of the first self-attention, whatever its step.
 
     Returns:
         A handle: `.stats()`, `.at_step(index, total)`, `.remove()`; a context manager.
@@ -102,6 +104,7 @@ def apply_pyramid_sparse_attention(
     """
     if on_unsupported not in get_args(OnUnsupported):
         raise ValueError(f"on_unsupported must be one of {get_args(OnUnsupported)}, got {on_unsupported!r}")
+    check_impl(impl)
     pipeline, transformers = _transformers(pipeline_or_transformer)
     if preset_2 is not None and "transformer_2" not in transformers:
         raise ValueError("preset_2 is for a second transformer, which this model does not have")

@@ -76,7 +76,7 @@ class CogVideoXProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not self.attention.runs_sparse(self.layer, attention_mask):
+        if not self.attention.runs_sparse(self.layer, hidden_states, attention_mask):
             dense: tuple[Tensor, Tensor] = self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )

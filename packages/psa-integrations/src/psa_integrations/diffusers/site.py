@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
-from psa_integrations.attention import sparse_attention
+from psa_integrations.attention import check_device, sparse_attention
 from psa_integrations.build import mask_policy, sparse_attention_of, token_order
 from psa_integrations.diffusers.adapter import Adapter, Processor
 from psa_integrations.stats import StatsRecorder
@@ -138,9 +138,12 @@ class TransformerSite:
     def active(self) -> bool:
         return bool(self._hooks)
 
-    def runs_sparse(self, layer: int, attention_mask: Tensor | None) -> bool:
+    def runs_sparse(self, layer: int, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
         if not self.active:
             return False
+        if self._sparse is not None:
+            # Here, in a dense step too, and not at the start of the forward: offloading has now moved the input.
+            check_device(self._impl, hidden_states)
         if self._current is not None and attention_mask is not None:
             # A dense layer could not follow it either: the mask knows nothing of the token order.
             raise UnsupportedError(f"layer {layer} of {self.name} was given an attention mask in a sparse step")
@@ -178,9 +181,15 @@ class TransformerSite:
         self._step = None if step is None else step.index
         if self._sparse is None:
             return None
-        if is_dense_step(step, warmup=self._sparse.warmup_steps, cooldown=self._sparse.cooldown_steps):
-            return None
+        # Before the dense steps: what cannot be served should not cost them first.
         if not self._serves(module, call):
+            return None
+        if is_dense_step(
+            step,
+            warmup=self._sparse.warmup_steps,
+            cooldown=self._sparse.cooldown_steps,
+            scheduler=self._finder.scheduler_name,
+        ):
             return None
         grid = self._adapter.grid(module, call)
         self._current = self._forward(grid)

@@ -95,7 +95,7 @@ class WanProcessor(Processor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if not self.attention.runs_sparse(self.layer, attention_mask):
+        if not self.attention.runs_sparse(self.layer, hidden_states, attention_mask):
             dense: Tensor = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return dense
         if attn.fused_projections:
