@@ -8,7 +8,7 @@ from typing import Any
 from psa_config import load_presets
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS
-from psa_integrations.cli.sample import add_sampling_options, chosen, sample
+from psa_integrations.cli.sample import add_sampling_options, check_steps, chosen, sample
 from psa_integrations.cli.video import check_output, write_video
 
 
@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> None:
         steps, guidance = spec.few_steps[preset.name]
         defaults = replace(defaults, steps=steps, guidance=guidance)
     settings = chosen(options, defaults)
+    check_steps(preset, settings.steps)
 
     pipeline = load_model(spec, weights=options.weights, lora=options.lora, device=options.device, dtype=options.dtype)
     result = sample(pipeline, preset, options, settings)
