@@ -12,7 +12,7 @@ from psa_integrations.cli.video import SMALLEST_SIDE, check_output, psnr_and_ssi
 
 PRESETS = ("baseline", "psa_balanced", "psa_tail")
 # Three videos take under four minutes on one core; larger ones gain more from sparse attention, and take longer.
-DEFAULTS = RunDefaults(width=64, height=64, frames=16, steps=20, guidance=3.0, fps=8)
+DEFAULTS = RunDefaults(width=80, height=80, frames=16, steps=16, guidance=3.0, fps=8)
 _SCALE = 4
 _FILES = tuple(f"{name}.mp4" for name in (*PRESETS, "side_by_side"))
 

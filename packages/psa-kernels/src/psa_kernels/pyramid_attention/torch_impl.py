@@ -89,7 +89,7 @@ def _rows_read(indices: Tensor, offsets: Tensor, kv_len: int, block_kv: int, mis
 def _attend(query: Tensor, q_last: Tensor | None, rows: Tensor, table: _Rows) -> tuple[Tensor, Tensor]:
     """Attention of query blocks ``[N, block_q, D]`` to their own rows ``[N, R]``; ``q_last`` ``[N, block_q]`` is
     the last token each query may see, None where all are seen. Returns out and lse ``[N, block_q]``."""
-    keys = table.keys[rows.flatten()].view(*rows.shape, -1)
+    keys = table.keys.index_select(0, rows.flatten()).view(*rows.shape, -1)
     bias = table.bias[rows][:, None, :]
     if q_last is not None:
         bias = bias.masked_fill(table.last_token[rows][:, None, :] > q_last[:, :, None], -torch.inf)
@@ -101,7 +101,7 @@ def _attend(query: Tensor, q_last: Tensor | None, rows: Tensor, table: _Rows) ->
     row_max.masked_fill_(row_max.isinf(), 0)
     weights = logits.sub_(row_max).exp_()
     total = weights.sum(dim=-1, keepdim=True)
-    values = table.values[rows.flatten()].view(*rows.shape, -1)
+    values = table.values.index_select(0, rows.flatten()).view(*rows.shape, -1)
     # A query with nothing to read has weights and a total of 0, and gets 0.
     out = torch.bmm(weights, values).div_(total.masked_fill(total == 0, 1))
     return out, (row_max + total.log()).squeeze(-1)
