@@ -93,7 +93,10 @@ def test_a_lora_changes_the_video(weights: str, tmp_path: Path) -> None:
         (["--lora", "nothing.safetensors"], "--lora must be a .safetensors file"),
         (["--lora", "."], "--lora must hold a .safetensors file"),
         (["--weights", "nowhere"], "no tiny-wan weights"),
-        (["--model", "wan2.1-1.3b", "--weights", "nowhere"], "--weights must be a folder with a model_index.json"),
+        (
+            ["--model", "wan2.1-1.3b", "--preset", "baseline", "--weights", "nowhere"],
+            "--weights must be a folder with a model_index.json",
+        ),
         (["--steps", "5", "--preset", "psa_tail"], "tiny-wan/psa_tail, warmup_steps 5 and cooldown_steps 0, got 5"),
         (["--device", "abacus"], "--device must be a device of torch such as cpu or cuda:0, got abacus"),
         (["--device", "cuda:99"], "--device is cuda:99, and torch sees"),
