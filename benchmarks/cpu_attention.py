@@ -34,6 +34,14 @@ def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return best
 
 
+def processor() -> str:
+    """The CPU's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return names[0].strip() if names else platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
@@ -45,7 +53,7 @@ def main() -> None:
     lines = [
         f"# CPU attention: B1 H{HEADS} D{HEAD_DIM}, float32, blocks of {BLOCK}, quotas {BOUNDS}",
         "",
-        f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}, "
+        f"{processor()}, {options.threads} threads, torch {torch.__version__}, "
         f"psa-kernels {psa_kernels.__version__}; best of {options.repeats} runs, in milliseconds.",
         f"Command: `python benchmarks/cpu_attention.py --threads {options.threads} --repeats {options.repeats}`",
         "",
