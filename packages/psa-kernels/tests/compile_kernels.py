@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from psa_kernels import BlockLayout, LevelPlan, block_importance, key_similarity, pool_pyramid, pyramid_attention
 from psa_kernels.testing import make_qkv, random_levels
@@ -32,6 +33,8 @@ _LAUNCH_OPTIONS = ("num_warps", "num_stages")
 def type_of(value):
     if isinstance(value, torch.Tensor):
         return _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{value.block_shape}>".replace(" ", "")
     if isinstance(value, tuple):
         return tuple("i64" for _ in value)
     return "fp32" if isinstance(value, float) else "i32"

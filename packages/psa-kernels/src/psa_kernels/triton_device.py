@@ -28,3 +28,8 @@ def shared_memory_limit(device: torch.device) -> int:
         return 227 * 1024
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field below
     return int(properties.shared_memory_per_block_optin)
+
+
+def has_tensor_memory_access(device: torch.device) -> bool:
+    """Whether ``device`` copies whole tiles by descriptor (TMA, capability 9.0 and up); the interpreter can."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
