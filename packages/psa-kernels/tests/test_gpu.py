@@ -101,13 +101,13 @@ def test_a_device_that_is_not_the_current_one():
 
 
 def test_no_compilation_for_a_new_length():
-    from psa_kernels.block_importance.triton_fwd import _importance_kernel
+    from psa_kernels.block_importance.triton_fwd import _logits_kernel, _reduce_kernel
     from psa_kernels.key_similarity.triton_fwd import _similarity_kernel
     from psa_kernels.level_plan.triton_fwd import _plan_kernel
     from psa_kernels.pyramid_attention.triton_fwd import _forward_kernel
     from psa_kernels.pyramid_pool.triton_fwd import _pool_kernel
 
-    kernels = (_importance_kernel, _similarity_kernel, _plan_kernel, _forward_kernel, _pool_kernel)
+    kernels = (_logits_kernel, _reduce_kernel, _similarity_kernel, _plan_kernel, _forward_kernel, _pool_kernel)
 
     def compiled():
         return [len(next(iter(kernel.device_caches.values()))[0]) for kernel in kernels]
