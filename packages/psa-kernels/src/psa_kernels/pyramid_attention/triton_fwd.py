@@ -66,8 +66,11 @@ def _attend_large_blocks(
 ):  # fmt: skip
     """Whole blocks in slots ``first`` to ``end`` at a level where a block has one tile of rows or more."""
     tiles: tl.constexpr = (BLOCK_KV >> (LEVEL - 1)) // TILE_N
+    block = tl.load(indices_ptr + first, mask=first < end, other=0)
     for n in range(first * tiles, end * tiles):
-        start = level_start + (tl.load(indices_ptr + n // tiles) * tiles + n % tiles) * TILE_N
+        start = level_start + (block * tiles + n % tiles) * TILE_N
+        # Read one iteration ahead, so that no tile waits for its number.
+        block = tl.load(indices_ptr + tl.minimum((n + 1) // tiles, end - 1))
         if key_tma is not None:
             key = tl.reshape(key_tma.load([batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
             value = tl.reshape(value_tma.load([batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
@@ -104,11 +107,15 @@ def _attend_rest(
     indices_ptr, first, end, level_start, level, log2_rows, kv_end, scale_log2, dim,
     HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``first`` to ``end`` of any blocks, under masks."""
+    """Rows ``first`` to ``end`` of any blocks, under masks.
+
+    Narrow tiles and no pipeline: what this loop holds in registers, the loops above cannot.
+    """
+    REST_N: tl.constexpr = min(TILE_N, 16)
     pool = 1 << (level - 1)
-    for n in range(first, end, TILE_N):
-        position = n + tl.arange(0, TILE_N)
-        block = tl.load(indices_ptr + (position >> log2_rows), mask=position < end, other=0)  # [TILE_N]
+    for n in tl.range(first, end, REST_N, num_stages=1):
+        position = n + tl.arange(0, REST_N)
+        block = tl.load(indices_ptr + (position >> log2_rows), mask=position < end, other=0)  # [REST_N]
         row = (block << log2_rows) + (position & ((1 << log2_rows) - 1))
         count = tl.minimum(tl.maximum(kv_end - row * pool, 0), pool)  # tokens that a row covers
         exists = (position < end) & (count > 0)
@@ -258,6 +265,12 @@ def _forward_kernel(
 
     has_read = row_sum != 0  # true for NaN too: what is not a number shows
     out = acc / tl.where(has_read, row_sum, 1.0)[:, None]
+    # Offsets start at 0. Adding one that is read only now makes the compiler work out the rows' numbers a second time
+    # here, and not keep those of the queries in registers through the loops.
+    in_block = tile * TILE_M + tl.arange(0, TILE_M) + tl.load(offsets_ptr, volatile=True)
+    q_token = q_block * BLOCK_Q + in_block
+    in_q = (in_block < BLOCK_Q) & (q_token < q_len)
+    q_mask = in_q[:, None] & (dim < HEAD_DIM)[None, :]
     out_ptr += batch.to(tl.int64) * out_strides[0] + head * out_strides[1]
     offset = q_token[:, None] * out_strides[2] + dim.to(tl.int64)[None, :] * out_strides[3]
     tl.store(out_ptr + offset, out.to(query.dtype), mask=q_mask)
