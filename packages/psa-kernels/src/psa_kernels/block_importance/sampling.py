@@ -4,14 +4,17 @@ A counter-based hash takes the place of a random generator: it gives the same to
 random state, ours or the caller's, exists to be moved.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+_Integer = TypeVar("_Integer", int, Tensor)
 QUERY_STREAM, KEY_STREAM = 1, 2
 _WORD = 0xFFFFFFFF
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: _Integer) -> _Integer:
     """A 32-bit mixing function: xor-shifts and odd multipliers, on int64 so that nothing overflows."""
     x = (x ^ (x >> 16)) * 0x45D9F3B & _WORD
     x = (x ^ (x >> 15)) * 0x2C1B3C6D & _WORD
@@ -35,10 +38,11 @@ def sample_positions(lengths: Tensor, num_blocks: int, block: int, samples: int,
     """
     device = lengths.device
     first = torch.arange(num_blocks, device=device)[:, None] * block
-    slot = torch.arange(samples, device=device)
+    slot = torch.arange(samples + 1, device=device)
     count = (lengths[:, None, None] - first).clamp(0, block)
-    low, high = slot * count // samples, (slot + 1) * count // samples
-    key = _mix(torch.full((), (seed * 4 + stream) & _WORD, dtype=torch.int64, device=device))
-    draw = _mix(_mix((first // block + key) & _WORD) ^ (slot * 0x9E3779B1 & _WORD))
+    bounds = slot * count // samples
+    low, high = bounds[..., :-1], bounds[..., 1:]
+    key = _mix((seed * 4 + stream) & _WORD)
+    draw = _mix(_mix((first // block + key) & _WORD) ^ (slot[:-1] * 0x9E3779B1 & _WORD))
     position = first + low + (draw * (high - low) >> 32)
     return position.where(high > low, -1).to(torch.int32)
