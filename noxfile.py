@@ -120,8 +120,11 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Benchmarks: `nox -s bench -- cpu_attention` runs benchmarks/cpu_attention.py."""
-    install_packages(session)
-    names = session.posargs or sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+    """Benchmarks: `nox -s bench -- gpu_attention` runs benchmarks/gpu_attention.py; without a name, those for a CPU."""
+    if any(name.startswith("gpu") for name in session.posargs):  # the newest torch, with CUDA
+        session.install(*(part for package in PACKAGES for part in ("--editable", f"packages/{package}")))
+    else:
+        install_packages(session)
+    names = session.posargs or sorted(path.stem for path in (ROOT / "benchmarks").glob("cpu*.py"))
     for name in names:
         session.run("python", f"benchmarks/{name}.py")
