@@ -21,7 +21,7 @@ from psa_masks import MaskPolicy, levels_by_quota
 
 SHAPES = {"W": (1, 12, 69120, 128), "C": (1, 48, 17550, 64)}
 QUOTAS = (0.10, 0.15, 0.15, 0.35)  # 10% of the blocks at level 1, 5% at 2, none at 3, 20% at 4: density 0.15
-ROWS: dict[str, dict[str, object]] = {
+ROWS = {
     "quotas .10/.05/0/.20": {"mode": "quota", "bounds": QUOTAS},
     "quotas .05/.10/.10/.25": {"mode": "quota", "bounds": (0.05, 0.15, 0.25, 0.50)},
     "threshold .4/.5/.6/.8": {"mode": "threshold", "bounds": (0.4, 0.5, 0.6, 0.8)},
@@ -30,6 +30,7 @@ ROWS: dict[str, dict[str, object]] = {
     "quotas .10/.05/0/.20, block_kv 64": {"mode": "quota", "bounds": QUOTAS, "block_kv": 64},
     "quotas .10/.05/0/.20, block_kv 32": {"mode": "quota", "bounds": QUOTAS, "block_kv": 32},
 }
+POLICIES = {name: MaskPolicy(**options, samples_q=16, samples_kv=16) for name, options in ROWS.items()}
 
 
 def milliseconds(call: Callable[[], object], rep: int = 100) -> float:
@@ -68,56 +69,60 @@ def extra_memory(call: Callable[[], object], result: torch.Tensor) -> float:
     return (peak - result.numel() * result.element_size()) / 2**30
 
 
+def measure_policy(
+    name: str, policy: MaskPolicy, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cudnn: float
+) -> str:
+    """The table's row for one policy."""
+    batch, heads, length, dim = query.shape
+    blocks = {"block_q": policy.block_q, "block_kv": policy.block_kv}
+    layout = BlockLayout(length, length, **blocks, num_levels=policy.num_levels)
+    levels = policy(query, key)
+    plan = LevelPlan.from_levels(levels, layout)
+    density = float(plan.density().mean())
+
+    def pool() -> None:
+        for x in (key, value):
+            pool_pyramid(x, block_kv=policy.block_kv, num_levels=policy.num_levels)
+
+    def whole() -> torch.Tensor:
+        return pyramid_attention(query, key, value, policy(query, key), **blocks, num_levels=policy.num_levels)
+
+    importance = milliseconds(lambda: block_importance(query, key, **blocks, samples_q=16, samples_kv=16))
+    mask = milliseconds(lambda: policy(query, key)) - importance
+    mask += milliseconds(lambda: LevelPlan.from_levels(levels, layout))
+    pooling = milliseconds(pool)
+    attention = milliseconds(lambda: pyramid_attention(query, key, value, plan, **blocks, num_levels=policy.num_levels))
+    kernel = attention - pooling
+    rate = 4 * batch * heads * length**2 * dim * density / kernel / 1e9
+    total = milliseconds(whole)
+    return (
+        f"| {name} | {density:.3f} | {importance:.2f} | {mask:.2f} | {pooling:.2f} | {kernel:.2f} | {rate:.0f} "
+        f"| {total:.2f} | {total / cudnn:.3f} | {extra_memory(whole, query):.2f} |"
+    )
+
+
 def measure(name: str, shape: tuple[int, int, int, int]) -> list[str]:
+    """The tables of one shape."""
     batch, heads, length, dim = shape
     query, key, value = smooth_inputs(shape)
     cudnn = dense(SDPBackend.CUDNN_ATTENTION, query, key, value)
     flash = dense(SDPBackend.FLASH_ATTENTION, query, key, value)
-    work = 4 * batch * heads * length**2 * dim
+    rate = 4 * batch * heads * length**2 * dim / cudnn / 1e9
     lines = [
         f"## {name}: B{batch} H{heads} N{length} D{dim}, bfloat16",
         "",
-        f"Dense SDPA: cuDNN {cudnn:.2f} ms ({work / cudnn / 1e9:.0f} TFLOP/s), FlashAttention-2 {flash:.2f} ms.",
+        f"Dense SDPA: cuDNN {cudnn:.2f} ms ({rate:.0f} TFLOP/s), FlashAttention-2 {flash:.2f} ms.",
         "",
         "| what | density | importance | levels + plan | pooling | kernel | TFLOP/s | whole op | / cuDNN | extra GiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row, options in ROWS.items():
-        policy = MaskPolicy(**options, samples_q=16, samples_kv=16)  # type: ignore[arg-type]
-        blocks = {"block_q": policy.block_q, "block_kv": policy.block_kv}
-        layout = BlockLayout(length, length, **blocks, num_levels=policy.num_levels)
-        levels = policy(query, key)
-        plan = LevelPlan.from_levels(levels, layout)
-        density = float(plan.density().mean())
-        scoring = {**blocks, "samples_q": 16, "samples_kv": 16}
-
-        def attend(plan=plan, blocks=blocks, policy=policy):  # type: ignore[no-untyped-def]
-            return pyramid_attention(query, key, value, plan, **blocks, num_levels=policy.num_levels)
-
-        def whole(blocks=blocks, policy=policy):  # type: ignore[no-untyped-def]
-            return pyramid_attention(query, key, value, policy(query, key), **blocks, num_levels=policy.num_levels)
-
-        importance = milliseconds(lambda scoring=scoring: block_importance(query, key, **scoring))
-        mask = milliseconds(lambda policy=policy: policy(query, key)) - importance
-        mask += milliseconds(lambda levels=levels, layout=layout: LevelPlan.from_levels(levels, layout))
-        pooling = milliseconds(
-            lambda policy=policy: [
-                pool_pyramid(x, block_kv=policy.block_kv, num_levels=policy.num_levels) for x in (key, value)
-            ]
-        )
-        kernel = milliseconds(attend) - pooling
-        total = milliseconds(whole)
-        lines.append(
-            f"| {row} | {density:.3f} | {importance:.2f} | {mask:.2f} | {pooling:.2f} | {kernel:.2f} "
-            f"| {work * density / kernel / 1e9:.0f} | {total:.2f} | {total / cudnn:.3f} "
-            f"| {extra_memory(whole, query):.2f} |"
-        )
+    lines += [measure_policy(row, policy, query, key, value, cudnn) for row, policy in POLICIES.items()]
     lines += ["", "| importance, samples a block | ms |", "|---|---|"]
     for samples in (8, 16, 32):
-        scoring = {"block_q": 128, "block_kv": 128, "samples_q": samples, "samples_kv": samples}
-        lines.append(
-            f"| {samples} | {milliseconds(lambda scoring=scoring: block_importance(query, key, **scoring)):.2f} |"
+        time = milliseconds(
+            lambda n=samples: block_importance(query, key, block_q=128, block_kv=128, samples_q=n, samples_kv=n)
         )
+        lines.append(f"| {samples} | {time:.2f} |")
     scores = block_importance(query, key, block_q=128, block_kv=128, samples_q=16, samples_kv=16)
     lines += ["", f"levels_by_quota alone: {milliseconds(lambda: levels_by_quota(scores, QUOTAS)):.3f} ms", ""]
     return lines
