@@ -79,7 +79,7 @@ def main() -> None:
         samples = {"samples_q": 16, "samples_kv": 8, "reduction": "mean" if is_causal else "max"}
         block_importance(query, key, **blocks, **samples, is_causal=is_causal, **options)
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
-    kernels = ("forward", "logits", "reduce", "plan", "pool", "similarity")
+    kernels = ("forward", "positions", "logits", "reduce", "plan", "pool", "similarity")
     assert compiled == {f"_{name}_kernel" for name in kernels}, compiled
 
 

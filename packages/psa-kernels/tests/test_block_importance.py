@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psa_kernels import block_importance
-from psa_kernels.block_importance.sampling import KEY_STREAM, QUERY_STREAM, sample_positions
+from psa_kernels.block_importance.sampling import KEY_STREAM, QUERY_STREAM, draw_positions, sample_positions
 from psa_kernels.testing import assert_within_error_budget, make_qkv
 
 CASES = {
@@ -72,6 +72,46 @@ def test_samples_are_distinct_tokens_of_their_block(length, block, samples, seed
         drawn = [token for token in row if token >= 0]
         assert len(drawn) == len(set(drawn)) == min(samples, len(tokens))
         assert set(drawn) <= set(tokens)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", id="interpreter", marks=pytest.mark.interpreter),
+        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
+    ],
+)
+@settings(max_examples=40)
+@given(
+    q_len=st.integers(1, 700),
+    kv_len=st.integers(1, 700),
+    blocks=st.tuples(*[st.sampled_from([1, 2, 16, 64, 256])] * 2),
+    samples=st.tuples(*[st.integers(1, 20)] * 2),
+    lengths=st.none() | st.lists(st.integers(0, 900), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+    seed=st.integers(-(2**80), 2**80),
+)
+def test_the_kernel_draws_the_same_tokens(device, q_len, kv_len, blocks, samples, lengths, dtype, seed):
+    from psa_kernels.block_importance import triton_fwd
+    from psa_kernels.triton_device import on_device
+
+    kv_lengths = None if lengths is None else torch.tensor(lengths, dtype=dtype, device=device)
+    samples = [min(pair) for pair in zip(samples, blocks, strict=True)]
+    call = (q_len, kv_len, kv_lengths, *blocks, *samples, seed, torch.device(device))
+    with on_device(torch.empty(0, device=device)):
+        drawn = triton_fwd.draw_positions(*call)
+    assert torch.equal(drawn, torch.cat([positions.flatten() for positions in draw_positions(*call)]))
+
+
+def test_lengths_past_the_keys_count_as_all_of_them(backend):
+    query, key, _ = make_qkv(batch=3, q_len=70, kv_len=90, device=backend.device)
+    options = {"block_q": 32, "block_kv": 32, "samples_q": 8, "samples_kv": 8, "impl": backend.impl}
+    whole = block_importance(query, key, **options)
+    for dtype in (torch.int32, torch.int64):
+        lengths = torch.tensor([2**31 - 1, 90, 0], dtype=dtype, device=backend.device)
+        got = block_importance(query, key, kv_lengths=lengths, **options)
+        assert torch.equal(got[:2], whole[:2])
+        assert not got[2].any()
 
 
 def test_samples_spread_over_the_block():

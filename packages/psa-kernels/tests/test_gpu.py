@@ -11,9 +11,9 @@ pytestmark = pytest.mark.gpu
 BLOCKS = {"block_q": 64, "block_kv": 64}
 
 
-def pipeline(query, key, value):
+def pipeline(query, key, value, seed=0):
     """Importance to output, every operator once."""
-    importance = block_importance(query, key, samples_q=16, samples_kv=16, **BLOCKS)
+    importance = block_importance(query, key, samples_q=16, samples_kv=16, seed=seed, **BLOCKS)
     similarity = key_similarity(key, block_kv=64, num_levels=4)
     levels = (importance > importance.mean(-1, keepdim=True)).to(torch.int8) * 3 + 1
     levels = torch.where(similarity[..., 2].unsqueeze(2) > 0, levels, 1).to(torch.int8)
@@ -100,25 +100,35 @@ def test_a_device_that_is_not_the_current_one():
     assert torch.equal(out.to("cuda:0"), pipeline(*qkv))
 
 
-def test_no_compilation_for_a_new_length():
-    from psa_kernels.block_importance.triton_fwd import _logits_kernel, _reduce_kernel
+def test_no_compilation_for_a_new_length_or_seed():
+    from psa_kernels.block_importance.triton_fwd import _logits_kernel, _positions_kernel, _reduce_kernel
     from psa_kernels.key_similarity.triton_fwd import _similarity_kernel
     from psa_kernels.level_plan.triton_fwd import _plan_kernel
     from psa_kernels.pyramid_attention.triton_fwd import _forward_kernel
     from psa_kernels.pyramid_pool.triton_fwd import _pool_kernel
 
-    kernels = (_logits_kernel, _reduce_kernel, _similarity_kernel, _plan_kernel, _forward_kernel, _pool_kernel)
+    kernels = (
+        _positions_kernel,
+        _logits_kernel,
+        _reduce_kernel,
+        _similarity_kernel,
+        _plan_kernel,
+        _forward_kernel,
+        _pool_kernel,
+    )
 
     def compiled():
         return [len(next(iter(kernel.device_caches.values()))[0]) for kernel in kernels]
 
-    def run(length):
-        pipeline(*make_qkv(heads=16, q_len=length, head_dim=64, dtype=torch.float16, device="cuda"))
+    def run(length, seed=0):
+        pipeline(*make_qkv(heads=16, q_len=length, head_dim=64, dtype=torch.float16, device="cuda"), seed)
 
     run(1000)
     before = compiled()
     for length in (*range(1, 20), 64, 1024, 1040, 2049):
         run(length)
+    for seed in (1, 16, -1, 2**29, 2**31, -(2**70)):
+        run(1000, seed)
     assert compiled() == before
 
 

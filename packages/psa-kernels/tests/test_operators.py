@@ -22,14 +22,14 @@ def test_fakes_describe_the_results():
     query, key, value = make_qkv(batch=2, heads=4, kv_heads=2, q_len=70, kv_len=100, dtype=torch.float16)
     layout = BlockLayout(70, 100, block_q=32, block_kv=32)
     plan = LevelPlan.from_levels(random_levels(layout, batch=2, heads=4), layout)
-    positions = torch.zeros(1, 3, 8, dtype=torch.int32), torch.zeros(1, 4, 8, dtype=torch.int32)
     ops = torch.ops.psa_kernels
     checks = ("test_schema", "test_faketensor")
     for op, args in (
         (ops.level_plan, (plan.to_levels(), 6, "torch")),
         (ops.pyramid_pool, (key, LENGTHS, 5, "torch")),
         (ops.key_similarity, (key, None, 32, 4, "torch")),
-        (ops.block_importance, (query, key, *positions, "max", False, 0.1, "torch")),
+        (ops.block_importance, (query, key, LENGTHS, 32, 16, 8, 8, "max", False, 0.1, 5, "torch")),
+        (ops.block_importance, (query, key, None, 32, 16, 8, 8, "mean", True, 0.1, 0, "torch")),
         (
             ops.pyramid_attention,
             (query, key, value, plan.indices, plan.offsets, LENGTHS, 32, 32, False, 0.1, "torch"),

@@ -1,11 +1,10 @@
 """``block_importance``: scores that level decisions are made from."""
 
-import torch
 from torch import Tensor
 
 from psa_kernels import checks
 from psa_kernels.block_importance.ops import block_importance_op
-from psa_kernels.block_importance.sampling import KEY_STREAM, QUERY_STREAM, sample_positions
+from psa_kernels.block_importance.sampling import SEED_BITS
 
 METHODS = ("sampled",)
 REDUCTIONS = ("max", "mean")
@@ -46,7 +45,7 @@ def block_importance(
             query that sees none scores 0.
         kv_lengths: int32 or int64 ``[B]``, how many keys of each sample exist; None is all. Blocks past it score 0.
         scale: of the logits; None is ``1/sqrt(D)``.
-        seed: an integer that names the draw.
+        seed: an integer that names the draw; seeds that agree in their low 30 bits name the same.
         impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU, torch elsewhere.
 
     Returns:
@@ -70,19 +69,18 @@ def block_importance(
     checks.boolean("is_causal", is_causal)
     checks.causal(is_causal, query.shape[2], key.shape[2])
 
-    q_len, kv_len = query.shape[2], key.shape[2]
-    all_queries = torch.full((1,), q_len, device=query.device)
-    keys = torch.full((1,), kv_len, device=query.device) if kv_lengths is None else kv_lengths.long().clamp(max=kv_len)
-    q_positions = sample_positions(all_queries, -(-q_len // block_q), block_q, samples_q, seed, QUERY_STREAM)
-    kv_positions = sample_positions(keys, -(-kv_len // block_kv), block_kv, samples_kv, seed, KEY_STREAM)
     importance: Tensor = block_importance_op(
         query.detach(),
         key.detach(),
-        q_positions,
-        kv_positions,
+        kv_lengths,
+        block_q,
+        block_kv,
+        samples_q,
+        samples_kv,
         reduction,
         is_causal,
         checks.scale(scale, query.shape[3]),
+        seed % (1 << SEED_BITS),  # an operator's integers have 64 bits, a seed may have more
         checks.resolve_impl(impl, query),
     )
     return importance

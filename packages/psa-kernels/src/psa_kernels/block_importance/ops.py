@@ -13,20 +13,24 @@ def importance_dtype(query: Tensor) -> torch.dtype:
 def _fake(
     query: Tensor,
     key: Tensor,
-    q_positions: Tensor,
-    kv_positions: Tensor,
+    kv_lengths: Tensor | None,
+    block_q: int,
+    block_kv: int,
+    samples_q: int,
+    samples_kv: int,
     reduction: str,
     is_causal: bool,
     scale: float,
+    seed: int,
 ) -> Tensor:
     batch, heads = query.shape[:2]
-    shape = (batch, heads, q_positions.shape[1], kv_positions.shape[1])
+    shape = (batch, heads, -(-query.shape[2] // block_q), -(-key.shape[2] // block_kv))
     return query.new_empty(shape, dtype=importance_dtype(query))
 
 
 block_importance_op = register(
     "psa_kernels.block_importance",
-    "block_importance(Tensor query, Tensor key, Tensor q_positions, Tensor kv_positions, str reduction, "
-    "bool is_causal, float scale) -> Tensor",
+    "block_importance(Tensor query, Tensor key, Tensor? kv_lengths, int block_q, int block_kv, int samples_q, "
+    "int samples_kv, str reduction, bool is_causal, float scale, int seed) -> Tensor",
     _fake,
 )

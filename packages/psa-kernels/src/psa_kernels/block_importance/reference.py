@@ -4,17 +4,25 @@ import torch
 from torch import Tensor
 
 from psa_kernels.block_importance.ops import importance_dtype
+from psa_kernels.block_importance.sampling import draw_positions
 
 
 def forward(
     query: Tensor,
     key: Tensor,
-    q_positions: Tensor,
-    kv_positions: Tensor,
+    kv_lengths: Tensor | None,
+    block_q: int,
+    block_kv: int,
+    samples_q: int,
+    samples_kv: int,
     reduction: str,
     is_causal: bool,
     scale: float,
+    seed: int,
 ) -> Tensor:
+    q_positions, kv_positions = draw_positions(
+        query.shape[2], key.shape[2], kv_lengths, block_q, block_kv, samples_q, samples_kv, seed, query.device
+    )
     dtype = importance_dtype(query)
     batch, heads, q_len, _ = query.shape
     kv_len, group = key.shape[2], heads // key.shape[1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _Integer = TypeVar("_Integer", int, Tensor)
 QUERY_STREAM, KEY_STREAM = 1, 2
+SEED_BITS = 30
 _WORD = 0xFFFFFFFF
 
 
@@ -42,7 +43,32 @@ def sample_positions(lengths: Tensor, num_blocks: int, block: int, samples: int,
     count = (lengths[:, None, None] - first).clamp(0, block)
     bounds = slot * count // samples
     low, high = bounds[..., :-1], bounds[..., 1:]
-    key = _mix((seed * 4 + stream) & _WORD)
+    key = _mix((seed * 4 + stream) & _WORD)  # no more of a seed counts than its low SEED_BITS
     draw = _mix(_mix((first // block + key) & _WORD) ^ (slot[:-1] * 0x9E3779B1 & _WORD))
     position = first + low + (draw * (high - low) >> 32)
     return position.where(high > low, -1).to(torch.int32)
+
+
+def draw_positions(
+    q_len: int,
+    kv_len: int,
+    kv_lengths: Tensor | None,
+    block_q: int,
+    block_kv: int,
+    samples_q: int,
+    samples_kv: int,
+    seed: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Positions of the sampled queries and keys of an attention.
+
+    Returns:
+        int32 ``[1, num_q_blocks, samples_q]`` and ``[1, num_kv_blocks, samples_kv]``, the latter ``[B, ...]`` with
+        ``kv_lengths`` (int32 or int64 ``[B]``; what exceeds ``kv_len`` counts as that). -1 is no token.
+    """
+    queries = torch.full((1,), q_len, device=device)
+    keys = torch.full((1,), kv_len, device=device) if kv_lengths is None else kv_lengths.long().clamp(max=kv_len)
+    return (
+        sample_positions(queries, -(-q_len // block_q), block_q, samples_q, seed, QUERY_STREAM),
+        sample_positions(keys, -(-kv_len // block_kv), block_kv, samples_kv, seed, KEY_STREAM),
+    )

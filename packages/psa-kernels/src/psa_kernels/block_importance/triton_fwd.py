@@ -1,22 +1,76 @@
-"""One pass over the sampled logits, then one over what it leaves.
+"""One pass over the sampled logits, then one over what it leaves, after a small kernel has drawn the sample.
 
-The first kernel keeps each sampled query's softmax normaliser and, for every KV block, the query's largest logit in it:
-a float a query and block. The second turns these into weights, now that the normaliser is known, and reduces over the
+The first pass keeps each sampled query's softmax normaliser and, for every KV block, the query's largest logit in it: a
+float a query and block. The second turns these into weights, now that the normaliser is known, and reduces over the
 queries of a block. For the mean the first keeps the block's summed weights instead, beside the maximum that they are
 relative to.
+
+All that passes between the two lies in one buffer, in this order: what is kept of each query and block, the
+normalisers, the maxima.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_kernels.block_importance.ops import importance_dtype
+from psa_kernels.block_importance.sampling import KEY_STREAM, QUERY_STREAM, SEED_BITS
 from psa_kernels.triton_device import on_device, shared_memory_limit
 
 _LOG2_E = 1.4426950408889634
+_DRAWS = 256  # positions a program draws
+
+
+@triton.jit
+def _mix(x):
+    """``sampling._mix`` of int64 numbers below 2**32."""
+    x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _draw(index, length, seed, stream, BLOCK: tl.constexpr, SAMPLES: tl.constexpr):
+    """Position number ``index`` of a sequence, to the bit what ``sampling.sample_positions`` has there."""
+    block = index // SAMPLES
+    slot = index % SAMPLES
+    first = block * BLOCK
+    count = tl.minimum(tl.maximum(length - first, 0), BLOCK)
+    low = slot * count // SAMPLES
+    high = (slot + 1) * count // SAMPLES
+    key = _mix((seed * 4 + stream) & 0xFFFFFFFF)
+    draw = _mix(_mix((block + key) & 0xFFFFFFFF) ^ (slot * 0x9E3779B1 & 0xFFFFFFFF))
+    return tl.where(high > low, first + low + (draw * (high - low) >> 32), -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "seed", "num_q_blocks", "num_kv_blocks"])
+def _positions_kernel(
+    positions_ptr, kv_lengths_ptr, q_len, kv_len, seed, num_q_blocks, num_kv_blocks,
+    BLOCK_Q: tl.constexpr, SAMPLES_Q: tl.constexpr, QUERIES: tl.constexpr,
+    BLOCK_KV: tl.constexpr, SAMPLES_KV: tl.constexpr, KEYS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    num_q = num_q_blocks * SAMPLES_Q
+    num_kv = num_kv_blocks * SAMPLES_KV
+    q_programs = (num_q + DRAWS - 1) // DRAWS
+    kv_programs = (num_kv + DRAWS - 1) // DRAWS
+    seed = seed.to(tl.int64)
+    if pid < q_programs:
+        index = pid * DRAWS + tl.arange(0, DRAWS)
+        position = _draw(index, q_len.to(tl.int64), seed, QUERIES, BLOCK_Q, SAMPLES_Q)
+        tl.store(positions_ptr + index, position, mask=index < num_q)
+    else:
+        row = (pid - q_programs) // kv_programs
+        index = (pid - q_programs) % kv_programs * DRAWS + tl.arange(0, DRAWS)
+        length = kv_len.to(tl.int64)
+        if HAS_LENGTHS:
+            length = tl.minimum(length, tl.load(kv_lengths_ptr + row).to(tl.int64))
+        position = _draw(index, length, seed, KEYS, BLOCK_KV, SAMPLES_KV)
+        tl.store(positions_ptr + num_q + row * num_kv + index, position, mask=index < num_kv)
 
 
 @triton.jit
@@ -27,10 +81,14 @@ def _columns(first, COLUMNS: tl.constexpr, PER_BLOCK: tl.constexpr, SAMPLES_KV: 
     return (first + column // PER_BLOCK) * SAMPLES_KV + column % PER_BLOCK, column % PER_BLOCK < SAMPLES_KV
 
 
-@triton.jit(do_not_specialize=["num_heads", "group", "shift", "num_q_blocks", "num_kv_blocks", "kv_positions_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "num_heads", "group", "shift", "num_sampled", "num_q_blocks", "num_kv_blocks", "kv_positions_stride"
+    ]
+)  # fmt: skip
 def _logits_kernel(
-    query_ptr, key_ptr, q_positions_ptr, kv_positions_ptr, kept_ptr, kept_max_ptr, normaliser_ptr,
-    query_strides, key_strides, num_heads, group, shift, num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
+    query_ptr, key_ptr, positions_ptr, kept_ptr, query_strides, key_strides,
+    num_heads, group, shift, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
     HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr, SAMPLES_Q: tl.constexpr, TILE_M: tl.constexpr,
     SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
@@ -42,12 +100,14 @@ def _logits_kernel(
     batch = pid // (num_tiles * num_heads)
     query_ptr += batch * query_strides[0] + head * query_strides[1]
     key_ptr += batch * key_strides[0] + head // group * key_strides[1]
-    kv_positions_ptr += batch * kv_positions_stride
+    kv_positions_ptr = positions_ptr + num_rows + batch * kv_positions_stride
+    normaliser_ptr = kept_ptr + num_sampled.to(tl.int64) * num_kv_blocks
+    kept_max_ptr = normaliser_ptr + num_sampled
     num_columns = num_kv_blocks * SAMPLES_KV
 
     slot = (pid % num_tiles) * TILE_M + tl.arange(0, TILE_M)
     dim = tl.arange(0, DIM_TILE)
-    row = tl.load(q_positions_ptr + slot, mask=slot < num_rows, other=-1)  # [TILE_M]
+    row = tl.load(positions_ptr + slot, mask=slot < num_rows, other=-1)  # [TILE_M]
     offset = row.to(tl.int64)[:, None] * query_strides[2] + dim.to(tl.int64)[None, :] * query_strides[3]
     query = tl.load(query_ptr + offset, mask=(row >= 0)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
 
@@ -89,10 +149,9 @@ def _logits_kernel(
     tl.store(normaliser_ptr + out_row, tl.where(row >= 0, normaliser, float("inf")), mask=slot < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_q_blocks", "num_kv_blocks", "kv_positions_stride"])
+@triton.jit(do_not_specialize=["num_heads", "num_sampled", "num_q_blocks", "num_kv_blocks", "kv_positions_stride"])
 def _reduce_kernel(
-    kept_ptr, kept_max_ptr, normaliser_ptr, q_positions_ptr, kv_positions_ptr, out_ptr,
-    num_heads, num_q_blocks, num_kv_blocks, kv_positions_stride,
+    kept_ptr, positions_ptr, out_ptr, num_heads, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride,
     SAMPLES_Q: tl.constexpr, ROWS: tl.constexpr, SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr,
     TILE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, IS_MEAN: tl.constexpr,
 ):  # fmt: skip
@@ -100,6 +159,9 @@ def _reduce_kernel(
     pid = tl.program_id(0).to(tl.int64)
     q_row = pid // chunks  # over batch, heads and query blocks
     batch = q_row // (num_heads * num_q_blocks)
+    kv_positions_ptr = positions_ptr + num_q_blocks * SAMPLES_Q + batch * kv_positions_stride
+    normaliser_ptr = kept_ptr + num_sampled.to(tl.int64) * num_kv_blocks
+    kept_max_ptr = normaliser_ptr + num_sampled
     block = (pid % chunks) * BLOCKS + tl.arange(0, BLOCKS)
     slot = tl.arange(0, ROWS)
     row = q_row * SAMPLES_Q + slot
@@ -112,11 +174,11 @@ def _reduce_kernel(
         offset = row[:, None] * tiles + (block // TILE_BLOCKS)[None, :]
         kept_max = tl.load(kept_max_ptr + offset, mask=mask, other=0.0)
         weights = kept * tl.exp2(kept_max - normaliser[:, None])
-        q_position = tl.load(q_positions_ptr + q_row % num_q_blocks * SAMPLES_Q + slot, mask=slot < SAMPLES_Q, other=-1)
+        q_position = tl.load(positions_ptr + q_row % num_q_blocks * SAMPLES_Q + slot, mask=slot < SAMPLES_Q, other=-1)
         num_rows = tl.sum((q_position >= 0).to(tl.float32), axis=0)
         sample = block[:, None] * SAMPLES_KV + tl.arange(0, PER_BLOCK)[None, :]
         used = (tl.arange(0, PER_BLOCK) < SAMPLES_KV)[None, :] & (block < num_kv_blocks)[:, None]
-        position = tl.load(kv_positions_ptr + batch * kv_positions_stride + sample, mask=used, other=-1)
+        position = tl.load(kv_positions_ptr + sample, mask=used, other=-1)
         columns = tl.sum((position >= 0).to(tl.float32), axis=1)
         score = tl.sum(weights, axis=0) / tl.maximum(columns * num_rows, 1.0)
     else:
@@ -140,8 +202,10 @@ class _Tile:
 _TILES = (_Tile(128, 64, 4, 3), _Tile(64, 64, 4, 2), _Tile(64, 32, 4, 1), _Tile(32, 32, 4, 1), _Tile(16, 16, 4, 1))
 
 
-def _choose_tile(per_block: int, dim_tile: int, element_size: int, limit: int) -> _Tile | None:
+@cache
+def _choose_tile(per_block: int, dim_tile: int, element_size: int, device: torch.device) -> _Tile | None:
     """The best tile that fits, never less than a block's samples wide."""
+    limit = shared_memory_limit(device)
     for tile in _TILES:
         wide = _Tile(tile.rows, max(tile.columns, per_block), tile.num_warps, tile.num_stages)
         if wide.shared_memory(dim_tile, element_size) <= limit:
@@ -149,42 +213,76 @@ def _choose_tile(per_block: int, dim_tile: int, element_size: int, limit: int) -
     return None
 
 
+def draw_positions(
+    q_len: int,
+    kv_len: int,
+    kv_lengths: Tensor | None,
+    block_q: int,
+    block_kv: int,
+    samples_q: int,
+    samples_kv: int,
+    seed: int,
+    device: torch.device,
+) -> Tensor:
+    """The positions that ``sampling.draw_positions`` returns, queries then keys in one int32 buffer.
+
+    To be called in the context of the device.
+    """
+    num_q_blocks, num_kv_blocks = triton.cdiv(q_len, block_q), triton.cdiv(kv_len, block_kv)
+    num_q, num_kv = num_q_blocks * samples_q, num_kv_blocks * samples_kv
+    rows = 1 if kv_lengths is None else kv_lengths.shape[0]
+    positions = torch.empty(num_q + rows * num_kv, dtype=torch.int32, device=device)
+    _positions_kernel[(triton.cdiv(num_q, _DRAWS) + rows * triton.cdiv(num_kv, _DRAWS),)](
+        positions, None if kv_lengths is None else kv_lengths.contiguous(),
+        # So few bits that the launch takes every seed for a 32-bit integer and compiles once.
+        q_len, kv_len, seed % (1 << SEED_BITS), num_q_blocks, num_kv_blocks,
+        BLOCK_Q=block_q, SAMPLES_Q=samples_q, QUERIES=QUERY_STREAM,
+        BLOCK_KV=block_kv, SAMPLES_KV=samples_kv, KEYS=KEY_STREAM,
+        HAS_LENGTHS=kv_lengths is not None, DRAWS=_DRAWS,
+    )  # fmt: skip
+    return positions
+
+
 def forward(
     query: Tensor,
     key: Tensor,
-    q_positions: Tensor,
-    kv_positions: Tensor,
+    kv_lengths: Tensor | None,
+    block_q: int,
+    block_kv: int,
+    samples_q: int,
+    samples_kv: int,
     reduction: str,
     is_causal: bool,
     scale: float,
+    seed: int,
 ) -> Tensor:
     if query.dtype == torch.float64:
         raise TypeError("impl='triton' of block_importance takes float16, bfloat16 or float32, got torch.float64")
     batch, heads, q_len, head_dim = query.shape
-    _, num_q_blocks, samples_q = q_positions.shape
-    _, num_kv_blocks, samples_kv = kv_positions.shape
+    kv_heads, kv_len = key.shape[1:3]
+    device = query.device
+    num_q_blocks, num_kv_blocks = triton.cdiv(q_len, block_q), triton.cdiv(kv_len, block_kv)
     num_rows = num_q_blocks * samples_q
-    out = torch.empty((batch, heads, num_q_blocks, num_kv_blocks), dtype=importance_dtype(query), device=query.device)
-    kept = torch.empty((batch, heads, num_rows, num_kv_blocks), dtype=torch.float32, device=query.device)
-    normaliser = torch.empty((batch, heads, num_rows), dtype=torch.float32, device=query.device)
+    num_sampled = batch * heads * num_rows
     per_block = triton.next_power_of_2(samples_kv)
     dim_tile = max(16, triton.next_power_of_2(head_dim))
-    kv_positions_stride = kv_positions.stride(0) if kv_positions.shape[0] > 1 else 0
+    kv_positions_stride = 0 if kv_lengths is None else num_kv_blocks * samples_kv
     is_mean = reduction == "mean"
     with on_device(query):
-        limit = shared_memory_limit(query.device)
-        tile = _choose_tile(per_block, dim_tile, query.element_size(), limit)
+        tile = _choose_tile(per_block, dim_tile, query.element_size(), device)
         if tile is None:
             raise ValueError(
-                f"samples_kv {samples_kv} with head_dim {head_dim} in {query.dtype} do not fit the {limit} bytes of "
-                f"shared memory of {query.device}; take fewer samples"
+                f"samples_kv {samples_kv} with head_dim {head_dim} in {query.dtype} do not fit the "
+                f"{shared_memory_limit(device)} bytes of shared memory of {device}; take fewer samples"
             )
         tile_blocks = tile.columns // per_block
-        tiles = triton.cdiv(num_kv_blocks, tile_blocks)
-        kept_max = normaliser.new_empty((batch, heads, num_rows, tiles)) if is_mean else None
+        floats = num_kv_blocks + 1 + (triton.cdiv(num_kv_blocks, tile_blocks) if is_mean else 0)
+        kept = torch.empty(num_sampled * floats, dtype=torch.float32, device=device)
+        out = torch.empty((batch, heads, num_q_blocks, num_kv_blocks), dtype=torch.float32, device=device)
+        positions = draw_positions(q_len, kv_len, kv_lengths, block_q, block_kv, samples_q, samples_kv, seed, device)
         _logits_kernel[(batch * heads * triton.cdiv(num_rows, tile.rows),)](
-            query, key, q_positions, kv_positions, kept, kept_max, normaliser,
-            query.stride(), key.stride(), heads, heads // key.shape[1], key.shape[2] - q_len,
+            query, key, positions, kept, query.stride(), key.stride(),
+            heads, heads // kv_heads, kv_len - q_len, num_sampled,
             num_q_blocks, num_kv_blocks, kv_positions_stride, scale * _LOG2_E,
             HEAD_DIM=head_dim, DIM_TILE=dim_tile, SAMPLES_Q=samples_q, TILE_M=tile.rows, SAMPLES_KV=samples_kv,
             PER_BLOCK=per_block, BLOCKS=tile_blocks, IS_CAUSAL=is_causal, IS_MEAN=is_mean,
@@ -194,8 +292,7 @@ def forward(
         rows = triton.next_power_of_2(samples_q)
         blocks = max(1, min(128, 4096 // rows))
         _reduce_kernel[(batch * heads * num_q_blocks * triton.cdiv(num_kv_blocks, blocks),)](
-            kept, kept_max, normaliser, q_positions, kv_positions, out,
-            heads, num_q_blocks, num_kv_blocks, kv_positions_stride,
+            kept, positions, out, heads, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride,
             SAMPLES_Q=samples_q, ROWS=rows, SAMPLES_KV=samples_kv, PER_BLOCK=per_block,
             TILE_BLOCKS=tile_blocks, BLOCKS=blocks, IS_MEAN=is_mean,
         )  # fmt: skip
