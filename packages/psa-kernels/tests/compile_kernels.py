@@ -16,7 +16,15 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from psa_kernels import BlockLayout, LevelPlan, block_importance, key_similarity, pool_pyramid, pyramid_attention
+from psa_kernels import (
+    BlockLayout,
+    LevelPlan,
+    block_importance,
+    key_similarity,
+    pool_pyramid,
+    pyramid_attention,
+    rank_levels,
+)
 from psa_kernels.testing import make_qkv, random_levels
 
 _TYPES = {
@@ -63,7 +71,8 @@ def main() -> None:
     compiled = set()
     JITFunction.run = compile_instead(GPUTarget("cuda", capability, 32), compiled)
     # Imported when an operator first runs, so they are there to be changed only after a first call.
-    for module in ("pyramid_attention", "pyramid_pool", "block_importance", "key_similarity", "level_plan"):
+    operators = ("pyramid_attention", "pyramid_pool", "block_importance", "key_similarity", "level_plan", "rank_levels")
+    for module in operators:
         __import__(f"psa_kernels.{module}.triton_fwd", fromlist=["on_device"]).on_device = lambda tensor: nullcontext()
 
     for dtype, head_dim, is_causal in ((torch.bfloat16, 128, False), (torch.float32, 40, True)):
@@ -78,8 +87,10 @@ def main() -> None:
         key_similarity(key, block_kv=64, num_levels=4, **options)
         samples = {"samples_q": 16, "samples_kv": 8, "reduction": "mean" if is_causal else "max"}
         block_importance(query, key, **blocks, **samples, is_causal=is_causal, **options)
+        for row_len, counts in ((50, [1, 5, 5]), (20_000, [9])):
+            rank_levels(torch.zeros(2, row_len, dtype=dtype), counts, impl="triton")
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
-    kernels = ("forward", "positions", "logits", "reduce", "plan", "pool", "similarity")
+    kernels = ("forward", "positions", "logits", "reduce", "plan", "pool", "similarity", "rank")
     assert compiled == {f"_{name}_kernel" for name in kernels}, compiled
 
 

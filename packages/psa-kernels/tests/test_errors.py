@@ -14,6 +14,7 @@ from psa_kernels import (
     key_similarity,
     pool_pyramid,
     pyramid_attention,
+    rank_levels,
 )
 from psa_kernels.testing import make_qkv
 
@@ -21,6 +22,7 @@ Q, K, V = make_qkv(q_len=40, head_dim=16)
 LEVELS = torch.ones(1, 2, 2, 2, dtype=torch.int8)
 ATTENTION = {"block_q": 32, "block_kv": 32}
 ONE_IS_7 = LEVELS + 6 * torch.eye(2, dtype=torch.int8)
+SCORES = torch.ones(4)
 WANTS_GRAD = Q.clone().requires_grad_()
 PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
 
@@ -70,6 +72,19 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (ValueError, "levels must lie in 0..num_levels = 6", lambda: attend(levels=LEVELS + 8, impl="reference")),
         (ValueError, "levels must lie in 0..num_levels = 6", lambda: attend(levels=LEVELS + 8, is_causal=True)),
         (TypeError, "seed must be an integer", lambda: importance(seed=1.5)),
+        (TypeError, "scores must be a tensor, got list", lambda: rank_levels([0.5], [1])),
+        (TypeError, "scores must be float16.*got torch.int64", lambda: rank_levels(torch.ones(4).long(), [1])),
+        (ValueError, r"scores must have shape \[..., n\].*got \[2, 0\]", lambda: rank_levels(torch.ones(2, 0), [1])),
+        (ValueError, r"scores must have shape .*got \[\]", lambda: rank_levels(torch.tensor(1.0), [1])),
+        (TypeError, "counts must be a sequence of integers, got int", lambda: rank_levels(SCORES, 3)),
+        (ValueError, "counts must hold 1 to 9 integers, got 0", lambda: rank_levels(SCORES, [])),
+        (ValueError, "counts must hold 1 to 9 integers, got 10", lambda: rank_levels(SCORES, [1] * 10)),
+        (TypeError, r"counts\[1\] must be an integer, got float 2.0", lambda: rank_levels(SCORES, [1, 2.0])),
+        (ValueError, "counts must not decrease from 0 on, got 1 after 2", lambda: rank_levels(SCORES, [2, 1])),
+        (ValueError, "counts must not decrease from 0 on, got -1 after 0", lambda: rank_levels(SCORES, [-1])),
+        (ValueError, "impl must be one of 'triton'", lambda: rank_levels(SCORES, [1], impl="numpy")),
+        (TypeError, "rank_levels takes float16.*got torch.float64",
+            lambda: rank_levels(SCORES.double(), [1], impl="triton")),
         (ValueError, "q_len must be at least 1, got 0", lambda: BlockLayout(0, 4)),
         (TypeError, "kv_len must be an integer", lambda: BlockLayout(4, 4.0)),
     ],

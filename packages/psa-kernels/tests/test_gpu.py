@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from psa_kernels import BlockLayout, LevelPlan, block_importance, key_similarity, pool_pyramid, pyramid_attention
+from psa_kernels import (
+    BlockLayout,
+    LevelPlan,
+    block_importance,
+    key_similarity,
+    pool_pyramid,
+    pyramid_attention,
+    rank_levels,
+)
 from psa_kernels.testing import assert_within_error_budget, make_qkv, random_levels
 
 pytestmark = pytest.mark.gpu
@@ -15,7 +23,8 @@ def pipeline(query, key, value, seed=0):
     """Importance to output, every operator once."""
     importance = block_importance(query, key, samples_q=16, samples_kv=16, seed=seed, **BLOCKS)
     similarity = key_similarity(key, block_kv=64, num_levels=4)
-    levels = (importance > importance.mean(-1, keepdim=True)).to(torch.int8) * 3 + 1
+    num_blocks = importance.shape[-1]
+    levels = rank_levels(importance, [num_blocks // 4, num_blocks // 2, num_blocks // 2, num_blocks])
     levels = torch.where(similarity[..., 2].unsqueeze(2) > 0, levels, 1).to(torch.int8)
     plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], **BLOCKS))
     return pyramid_attention(query, key, value, plan, **BLOCKS) * plan.density().any()
@@ -106,12 +115,14 @@ def test_no_compilation_for_a_new_length_or_seed():
     from psa_kernels.level_plan.triton_fwd import _plan_kernel
     from psa_kernels.pyramid_attention.triton_fwd import _forward_kernel
     from psa_kernels.pyramid_pool.triton_fwd import _pool_kernel
+    from psa_kernels.rank_levels.triton_fwd import _rank_kernel
 
     kernels = (
         _positions_kernel,
         _logits_kernel,
         _reduce_kernel,
         _similarity_kernel,
+        _rank_kernel,
         _plan_kernel,
         _forward_kernel,
         _pool_kernel,

@@ -12,6 +12,7 @@ from psa_kernels import (
     key_similarity,
     pool_pyramid,
     pyramid_attention,
+    rank_levels,
 )
 from psa_kernels.testing import make_qkv, random_levels
 
@@ -25,6 +26,7 @@ def test_fakes_describe_the_results():
     ops = torch.ops.psa_kernels
     checks = ("test_schema", "test_faketensor")
     for op, args in (
+        (ops.rank_levels, (torch.zeros(2, 3, 5), [1, 4], "torch")),
         (ops.level_plan, (plan.to_levels(), 6, "torch")),
         (ops.pyramid_pool, (key, LENGTHS, 5, "torch")),
         (ops.key_similarity, (key, None, 32, 4, "torch")),
@@ -44,7 +46,8 @@ def pipeline(query, key, value, kv_lengths):
     scores = block_importance(query, key, samples_q=8, samples_kv=8, kv_lengths=kv_lengths, **blocks)
     similarity = key_similarity(key, block_kv=32, num_levels=3)
     coarse = pool_pyramid(key, block_kv=32, num_levels=3).level(3)
-    levels = torch.where(scores > scores.median(), 1, 3).to(torch.int8)
+    kept = scores.shape[-1] // 2
+    levels = rank_levels(scores, [kept, kept, 2 * kept])
     out, lse = pyramid_attention(query, key, value, levels, kv_lengths=kv_lengths, return_lse=True, **blocks)
     return out, lse, similarity, coarse
 

@@ -61,6 +61,17 @@ def test_quota_counts_are_exact(shape: tuple[int, ...], ends: list[int], seed: i
     assert levels.max() <= len(ends)
 
 
+@given(shape=shapes, bounds=bound_lists, seed=seeds)
+def test_quota_is_the_same_by_another_implementation(shape, bounds, seed) -> None:
+    importance = whole_scores(shape, seed)
+    assert torch.equal(levels_by_quota(importance, bounds, impl="reference"), levels_by_quota(importance, bounds))
+
+
+def test_quota_refuses_an_unknown_implementation() -> None:
+    with pytest.raises(ValueError, match=r"impl must be one of .* got 'sort'"):
+        levels_by_quota(torch.ones(4), [0.5], impl="sort")
+
+
 @pytest.mark.parametrize(("num_blocks", "bound", "kept"), [(100, 0.07, 7), (10, 0.1 + 0.2, 3), (3, 1 / 3, 1)])
 def test_quota_ignores_binary_rounding(num_blocks: int, bound: float, kept: int) -> None:
     assert (levels_by_quota(torch.rand(num_blocks), [bound]) > 0).sum() == kept

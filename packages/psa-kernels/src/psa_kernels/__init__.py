@@ -7,6 +7,7 @@ from psa_kernels.layout import BlockLayout
 from psa_kernels.plan import LevelPlan
 from psa_kernels.pyramid_attention import pyramid_attention
 from psa_kernels.pyramid_pool import Pyramid, pool_pyramid
+from psa_kernels.rank_levels import rank_levels
 
 __all__ = [
     "BlockLayout",
@@ -17,4 +18,5 @@ __all__ = [
     "key_similarity",
     "pool_pyramid",
     "pyramid_attention",
+    "rank_levels",
 ]

@@ -11,10 +11,14 @@ IMPLS = ("triton", "torch", "reference")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def positive_int(name: str, value: object) -> None:
+def integer(name: str, value: object) -> int | torch.SymInt:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
-    if value < 1:
+    return value
+
+
+def positive_int(name: str, value: object) -> None:
+    if integer(name, value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
@@ -46,14 +50,19 @@ def resolve_impl(impl: str | None, tensor: Tensor) -> str:
     return impl
 
 
-def sequence(name: str, x: Tensor) -> None:
-    """``x`` is a floating-point ``[B, H, L, D]`` tensor with no empty dimension."""
+def floating(name: str, x: Tensor) -> None:
+    """``x`` is a tensor of a floating-point dtype that torch computes with."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{name} must have shape [B, H, L, D], got {list(x.shape)}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def sequence(name: str, x: Tensor) -> None:
+    """``x`` is a floating-point ``[B, H, L, D]`` tensor with no empty dimension."""
+    floating(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have shape [B, H, L, D], got {list(x.shape)}")
     if 0 in x.shape:
         raise ValueError(f"{name} must have no empty dimension, got {list(x.shape)}")
 

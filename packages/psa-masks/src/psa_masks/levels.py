@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from psa_kernels import rank_levels
 from psa_masks import checks
 
 
@@ -58,7 +59,7 @@ def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full
     return torch.empty_like(by_rank).scatter_(-1, blocks, by_rank)
 
 
-def levels_by_quota(importance: Tensor, bounds: Sequence[float]) -> Tensor:
+def levels_by_quota(importance: Tensor, bounds: Sequence[float], *, impl: str | None = None) -> Tensor:
     """Give the most important blocks of a row the finest levels, up to shares of the number of blocks.
 
     In every row the ``ceil(num_kv_blocks * tau_1)`` blocks of highest score (equal scores: the earlier
@@ -69,6 +70,7 @@ def levels_by_quota(importance: Tensor, bounds: Sequence[float]) -> Tensor:
         importance: floating point ``[..., num_kv_blocks]``; only its order within a row matters.
         bounds: cumulative shares tau_1 .. tau_H of the KV blocks, 1 to 9 numbers in [0, 1] that do not
             decrease. A level whose bound equals the one before it gets no block.
+        impl: of ``psa_kernels.rank_levels``; None picks by device.
 
     Returns:
         int8, shaped like ``importance``, on its device: 0 skipped, h in 1..H level h.
@@ -81,9 +83,4 @@ def levels_by_quota(importance: Tensor, bounds: Sequence[float]) -> Tensor:
     scores = checks.importance(importance)
     num_blocks = scores.shape[-1]
     counts = [max(1, checks.share_of(num_blocks, end)) for end in checks.bounds(bounds)]
-
-    blocks = scores.argsort(dim=-1, descending=True, stable=True)
-    by_rank = torch.zeros(num_blocks, dtype=torch.int8, device=scores.device)
-    for level in range(len(counts), 0, -1):
-        by_rank[: counts[level - 1]] = level
-    return torch.empty_like(blocks, dtype=torch.int8).scatter_(-1, blocks, by_rank.expand_as(blocks))
+    return rank_levels(scores, counts, impl=impl)

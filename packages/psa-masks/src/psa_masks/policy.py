@@ -158,7 +158,8 @@ class MaskPolicy:
         if self.mode == "threshold":
             levels = levels_by_threshold(importance, self.bounds, min_full=self.min_full)
         else:
-            levels = levels_by_quota(importance, [max(bound, self.min_full) for bound in self.bounds])
+            bounds = [max(bound, self.min_full) for bound in self.bounds]
+            levels = levels_by_quota(importance, bounds, impl=impl)
         limits = self.similarity_thresholds
         if limits is not None and max(limits) > -1.0:
             similarity = key_similarity(
