@@ -81,17 +81,64 @@ def _columns(first, COLUMNS: tl.constexpr, PER_BLOCK: tl.constexpr, SAMPLES_KV: 
     return (first + column // PER_BLOCK) * SAMPLES_KV + column % PER_BLOCK, column % PER_BLOCK < SAMPLES_KV
 
 
+@triton.jit
+def _fold_tile(
+    row_max, row_sum, query, row, slot, key_ptr, kv_positions_ptr, kept_ptr, kept_max_ptr, key_strides, dim,
+    first, shift, num_rows, num_kv_blocks, scale_log2,
+    HEAD_DIM: tl.constexpr, SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    HIDES: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold ``BLOCKS`` KV blocks from ``first`` into the running statistics and store what is kept of them.
+
+    With ``HIDES`` some columns may not exist, or not be seen.
+    """
+    TILE_M: tl.constexpr = query.shape[0]
+    sample, used = _columns(first, BLOCKS * PER_BLOCK, PER_BLOCK, SAMPLES_KV)
+    in_dim = (dim < HEAD_DIM)[None, :]
+    if HIDES:
+        exists = used & (sample < num_kv_blocks * SAMPLES_KV)
+        position = tl.load(kv_positions_ptr + sample, mask=exists, other=-1)  # [COLUMNS]
+        key_mask = (position >= 0)[:, None] & in_dim
+    else:
+        position = tl.load(kv_positions_ptr + sample)  # [COLUMNS]
+        key_mask = in_dim
+    key_offset = position.to(tl.int64)[:, None] * key_strides[2] + dim.to(tl.int64)[None, :] * key_strides[3]
+    key = tl.load(key_ptr + key_offset, mask=key_mask, other=0.0)  # [COLUMNS, DIM]
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if HIDES:
+        scores = scores * scale_log2 + tl.where(position >= 0, 0.0, float("-inf"))[None, :]
+        scale_log2 = 1.0
+        if IS_CAUSAL:
+            scores = tl.where(position[None, :] <= row[:, None] + shift, scores, float("-inf"))
+
+    block_max = tl.max(tl.reshape(scores, (TILE_M, BLOCKS, PER_BLOCK)), axis=2) * scale_log2  # [TILE_M, BLOCKS]
+    new_max = tl.maximum(row_max, tl.max(block_max, axis=1))
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores * scale_log2 - safe_max[:, None])
+    row_sum = row_sum * tl.exp2(row_max - safe_max) + tl.sum(weights, axis=1)
+    if IS_MEAN:
+        kept = tl.sum(tl.reshape(weights, (TILE_M, BLOCKS, PER_BLOCK)), axis=2)
+        tl.store(kept_max_ptr + first // BLOCKS * num_rows + slot, safe_max, mask=slot < num_rows)
+    else:
+        kept = block_max
+    block = first + tl.arange(0, BLOCKS)
+    kept_offset = block.to(tl.int64)[None, :] * num_rows + slot[:, None]
+    kept_mask = (slot < num_rows)[:, None] & (block < num_kv_blocks)[None, :]
+    tl.store(kept_ptr + kept_offset, kept, mask=kept_mask)
+    return new_max, row_sum
+
+
 @triton.jit(
     do_not_specialize=[
-        "num_heads", "group", "shift", "num_sampled", "num_q_blocks", "num_kv_blocks", "kv_positions_stride"
+        "num_heads", "group", "kv_len", "shift", "num_sampled", "num_q_blocks", "num_kv_blocks", "kv_positions_stride"
     ]
 )  # fmt: skip
 def _logits_kernel(
-    query_ptr, key_ptr, positions_ptr, kept_ptr, query_strides, key_strides,
-    num_heads, group, shift, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
+    query_ptr, key_ptr, kv_lengths_ptr, positions_ptr, kept_ptr, query_strides, key_strides,
+    num_heads, group, kv_len, shift, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
     HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr, SAMPLES_Q: tl.constexpr, TILE_M: tl.constexpr,
-    SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, IS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_KV: tl.constexpr, SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, NEGATE: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_rows = num_q_blocks * SAMPLES_Q
     num_tiles = (num_rows + TILE_M - 1) // TILE_M
@@ -102,51 +149,45 @@ def _logits_kernel(
     key_ptr += batch * key_strides[0] + head // group * key_strides[1]
     kv_positions_ptr = positions_ptr + num_rows + batch * kv_positions_stride
     normaliser_ptr = kept_ptr + num_sampled.to(tl.int64) * num_kv_blocks
-    kept_max_ptr = normaliser_ptr + num_sampled
-    num_columns = num_kv_blocks * SAMPLES_KV
+    # A head's rows of one KV block lie side by side, as the threads that hold them do.
+    first_row = (batch * num_heads + head) * num_rows
+    kept_max_ptr = normaliser_ptr + num_sampled + first_row * ((num_kv_blocks + BLOCKS - 1) // BLOCKS)
+    kept_ptr += first_row * num_kv_blocks
 
     slot = (pid % num_tiles) * TILE_M + tl.arange(0, TILE_M)
     dim = tl.arange(0, DIM_TILE)
     row = tl.load(positions_ptr + slot, mask=slot < num_rows, other=-1)  # [TILE_M]
     offset = row.to(tl.int64)[:, None] * query_strides[2] + dim.to(tl.int64)[None, :] * query_strides[3]
     query = tl.load(query_ptr + offset, mask=(row >= 0)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    if NEGATE:  # scale_log2 is never negative, so that the largest score has the largest logit
+        query = -query
 
-    out_row = (batch * num_heads + head) * num_rows + slot
     row_max = tl.full([TILE_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE_M], tl.float32)
-    for first in range(0, num_kv_blocks, BLOCKS):
-        sample, used = _columns(first, BLOCKS * PER_BLOCK, PER_BLOCK, SAMPLES_KV)
-        position = tl.load(kv_positions_ptr + sample, mask=used & (sample < num_columns), other=-1)  # [COLUMNS]
-        key_offset = position.to(tl.int64)[:, None] * key_strides[2] + dim.to(tl.int64)[None, :] * key_strides[3]
-        key_mask = (position >= 0)[:, None] & (dim < HEAD_DIM)[None, :]
-        key = tl.load(key_ptr + key_offset, mask=key_mask, other=0.0)  # [COLUMNS, DIM]
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
-        logits += tl.where(position >= 0, 0.0, float("-inf"))[None, :]
-        if IS_CAUSAL:
-            logits = tl.where(position[None, :] <= row[:, None] + shift, logits, float("-inf"))
-
-        by_block = tl.reshape(logits, (TILE_M, BLOCKS, PER_BLOCK))
-        block_max = tl.max(by_block, axis=2)  # [TILE_M, BLOCKS]
-        new_max = tl.maximum(row_max, tl.max(block_max, axis=1))
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(logits - safe_max[:, None])
-        row_sum = row_sum * tl.exp2(row_max - safe_max) + tl.sum(weights, axis=1)
-        row_max = new_max
-        if IS_MEAN:
-            kept = tl.sum(tl.reshape(weights, (TILE_M, BLOCKS, PER_BLOCK)), axis=2)
-            kept_offset = out_row * ((num_kv_blocks + BLOCKS - 1) // BLOCKS) + first // BLOCKS
-            tl.store(kept_max_ptr + kept_offset, safe_max, mask=slot < num_rows)
-        else:
-            kept = block_max
-        block = first + tl.arange(0, BLOCKS)
-        out_offset = out_row[:, None] * num_kv_blocks + block[None, :]
-        out_mask = (slot < num_rows)[:, None] & (block < num_kv_blocks)[None, :]
-        tl.store(kept_ptr + out_offset, kept, mask=out_mask)
+    # Blocks that exist to their last token have every sample. Where all of a tile's columns are used too, nothing hides.
+    whole_blocks = 0
+    if not IS_CAUSAL and PER_BLOCK == SAMPLES_KV:
+        length = kv_len
+        if HAS_LENGTHS:
+            length = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch)).to(tl.int32)
+        whole_blocks = length // BLOCK_KV // BLOCKS * BLOCKS
+    for first in range(0, whole_blocks, BLOCKS):
+        row_max, row_sum = _fold_tile(
+            row_max, row_sum, query, row, slot, key_ptr, kv_positions_ptr, kept_ptr, kept_max_ptr, key_strides, dim,
+            first, shift, num_rows, num_kv_blocks, scale_log2,
+            HEAD_DIM, SAMPLES_KV, PER_BLOCK, BLOCKS, False, False, IS_MEAN, PRECISION,
+        )  # fmt: skip
+    for first in range(whole_blocks, num_kv_blocks, BLOCKS):
+        row_max, row_sum = _fold_tile(
+            row_max, row_sum, query, row, slot, key_ptr, kv_positions_ptr, kept_ptr, kept_max_ptr, key_strides, dim,
+            first, shift, num_rows, num_kv_blocks, scale_log2,
+            HEAD_DIM, SAMPLES_KV, PER_BLOCK, BLOCKS, True, IS_CAUSAL, IS_MEAN, PRECISION,
+        )  # fmt: skip
 
     # A query that sees nothing, or does not exist, gets a normaliser that turns its logits into 0.
     normaliser = tl.where(row_sum > 0, row_max + tl.log2(tl.maximum(row_sum, 1e-30)), float("inf"))
     normaliser = tl.where(row_sum == row_sum, normaliser, row_sum)  # what is not a number shows
-    tl.store(normaliser_ptr + out_row, tl.where(row >= 0, normaliser, float("inf")), mask=slot < num_rows)
+    tl.store(normaliser_ptr + first_row + slot, tl.where(row >= 0, normaliser, float("inf")), mask=slot < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_sampled", "num_q_blocks", "num_kv_blocks", "kv_positions_stride"])
@@ -161,26 +202,29 @@ def _reduce_kernel(
     batch = q_row // (num_heads * num_q_blocks)
     kv_positions_ptr = positions_ptr + num_q_blocks * SAMPLES_Q + batch * kv_positions_stride
     normaliser_ptr = kept_ptr + num_sampled.to(tl.int64) * num_kv_blocks
-    kept_max_ptr = normaliser_ptr + num_sampled
+    num_rows = num_q_blocks * SAMPLES_Q
+    tiles = (num_kv_blocks + TILE_BLOCKS - 1) // TILE_BLOCKS
+    first_row = q_row // num_q_blocks * num_rows
+    kept_max_ptr = normaliser_ptr + num_sampled + first_row * tiles
+    kept_ptr += first_row * num_kv_blocks
     block = (pid % chunks) * BLOCKS + tl.arange(0, BLOCKS)
     slot = tl.arange(0, ROWS)
-    row = q_row * SAMPLES_Q + slot
-    normaliser = tl.load(normaliser_ptr + row, mask=slot < SAMPLES_Q, other=float("inf"))  # [ROWS]
+    row = q_row % num_q_blocks * SAMPLES_Q + slot
+    normaliser = tl.load(normaliser_ptr + first_row + row, mask=slot < SAMPLES_Q, other=float("inf"))  # [ROWS]
     mask = (slot < SAMPLES_Q)[:, None] & (block < num_kv_blocks)[None, :]
-    offset = row[:, None] * num_kv_blocks + block[None, :]
+    offset = block.to(tl.int64)[None, :] * num_rows + row[:, None]
     if IS_MEAN:
         kept = tl.load(kept_ptr + offset, mask=mask, other=0.0)  # [ROWS, BLOCKS]
-        tiles = (num_kv_blocks + TILE_BLOCKS - 1) // TILE_BLOCKS
-        offset = row[:, None] * tiles + (block // TILE_BLOCKS)[None, :]
+        offset = (block // TILE_BLOCKS).to(tl.int64)[None, :] * num_rows + row[:, None]
         kept_max = tl.load(kept_max_ptr + offset, mask=mask, other=0.0)
         weights = kept * tl.exp2(kept_max - normaliser[:, None])
-        q_position = tl.load(positions_ptr + q_row % num_q_blocks * SAMPLES_Q + slot, mask=slot < SAMPLES_Q, other=-1)
-        num_rows = tl.sum((q_position >= 0).to(tl.float32), axis=0)
+        q_position = tl.load(positions_ptr + row, mask=slot < SAMPLES_Q, other=-1)
+        queries = tl.sum((q_position >= 0).to(tl.float32), axis=0)
         sample = block[:, None] * SAMPLES_KV + tl.arange(0, PER_BLOCK)[None, :]
         used = (tl.arange(0, PER_BLOCK) < SAMPLES_KV)[None, :] & (block < num_kv_blocks)[:, None]
         position = tl.load(kv_positions_ptr + sample, mask=used, other=-1)
         columns = tl.sum((position >= 0).to(tl.float32), axis=1)
-        score = tl.sum(weights, axis=0) / tl.maximum(columns * num_rows, 1.0)
+        score = tl.sum(weights, axis=0) / tl.maximum(columns * queries, 1.0)
     else:
         kept = tl.load(kept_ptr + offset, mask=mask, other=float("-inf"))  # [ROWS, BLOCKS]
         score = tl.max(tl.exp2(kept - normaliser[:, None]), axis=0)
@@ -268,6 +312,7 @@ def forward(
     dim_tile = max(16, triton.next_power_of_2(head_dim))
     kv_positions_stride = 0 if kv_lengths is None else num_kv_blocks * samples_kv
     is_mean = reduction == "mean"
+    lengths = None if kv_lengths is None else kv_lengths.contiguous()
     with on_device(query):
         tile = _choose_tile(per_block, dim_tile, query.element_size(), device)
         if tile is None:
@@ -279,13 +324,14 @@ def forward(
         floats = num_kv_blocks + 1 + (triton.cdiv(num_kv_blocks, tile_blocks) if is_mean else 0)
         kept = torch.empty(num_sampled * floats, dtype=torch.float32, device=device)
         out = torch.empty((batch, heads, num_q_blocks, num_kv_blocks), dtype=torch.float32, device=device)
-        positions = draw_positions(q_len, kv_len, kv_lengths, block_q, block_kv, samples_q, samples_kv, seed, device)
+        positions = draw_positions(q_len, kv_len, lengths, block_q, block_kv, samples_q, samples_kv, seed, device)
         _logits_kernel[(batch * heads * triton.cdiv(num_rows, tile.rows),)](
-            query, key, positions, kept, query.stride(), key.stride(),
-            heads, heads // kv_heads, kv_len - q_len, num_sampled,
-            num_q_blocks, num_kv_blocks, kv_positions_stride, scale * _LOG2_E,
-            HEAD_DIM=head_dim, DIM_TILE=dim_tile, SAMPLES_Q=samples_q, TILE_M=tile.rows, SAMPLES_KV=samples_kv,
-            PER_BLOCK=per_block, BLOCKS=tile_blocks, IS_CAUSAL=is_causal, IS_MEAN=is_mean,
+            query, key, lengths, positions, kept, query.stride(), key.stride(),
+            heads, heads // kv_heads, kv_len, kv_len - q_len, num_sampled,
+            num_q_blocks, num_kv_blocks, kv_positions_stride, abs(scale) * _LOG2_E,
+            HEAD_DIM=head_dim, DIM_TILE=dim_tile, SAMPLES_Q=samples_q, TILE_M=tile.rows, BLOCK_KV=block_kv,
+            SAMPLES_KV=samples_kv, PER_BLOCK=per_block, BLOCKS=tile_blocks, HAS_LENGTHS=lengths is not None,
+            NEGATE=scale < 0, IS_CAUSAL=is_causal, IS_MEAN=is_mean,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -14,7 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from psa_kernels.pyramid_attention.ops import lse_dtype
 from psa_kernels.pyramid_attention.tiles import choose_tile
-from psa_kernels.pyramid_pool.triton_fwd import forward as pool_rows
+from psa_kernels.pyramid_attention.schedule import heavy_first
+from psa_kernels.pyramid_pool.triton_fwd import pool_keys_and_values
 from psa_kernels.triton_device import has_tensor_memory_access, on_device, shared_memory_limit
 
 _LOG2_E = 1.4426950408889634
@@ -58,26 +59,38 @@ def _load_rows(ptr, strides, row, dim, mask):
 
 
 @triton.jit
+def _sequence(ptr, strides, batch, head):
+    """Where the rows of a head start."""
+    return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
 def _attend_large_blocks(
     acc, row_max, row_sum, query, key_ptr, value_ptr, key_strides, value_strides, key_tma, value_tma,
-    batch, kv_head, indices_ptr, first, end, level_start, scale_log2, dim,
+    batch, kv_head, slots_ptr, first, end, block, level_start, scale_log2, dim,
     LEVEL: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Whole blocks in slots ``first`` to ``end`` at a level where a block has one tile of rows or more."""
+    """Whole blocks in slots ``first`` to ``end``, of a tile or more each; ``block`` is the first one.
+
+    Pooled keys and values share a descriptor, with a dimension more.
+    """
     tiles: tl.constexpr = (BLOCK_KV >> (LEVEL - 1)) // TILE_N
-    block = tl.load(indices_ptr + first, mask=first < end, other=0)
     for n in range(first * tiles, end * tiles):
         start = level_start + (block * tiles + n % tiles) * TILE_N
         # Read one iteration ahead, so that no tile waits for its number.
-        block = tl.load(indices_ptr + tl.minimum((n + 1) // tiles, end - 1))
-        if key_tma is not None:
+        block = tl.load(slots_ptr + tl.minimum((n + 1) // tiles, end - 1))
+        if key_tma is None:
+            row = start + tl.arange(0, TILE_N)
+            mask = (dim < HEAD_DIM)[None, :]
+            key = _load_rows(_sequence(key_ptr, key_strides, batch, kv_head), key_strides, row, dim, mask)
+            value = _load_rows(_sequence(value_ptr, value_strides, batch, kv_head), value_strides, row, dim, mask)
+        elif LEVEL == 1:
             key = tl.reshape(key_tma.load([batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
             value = tl.reshape(value_tma.load([batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
         else:
-            row = start + tl.arange(0, TILE_N)
-            key = _load_rows(key_ptr, key_strides, row, dim, (dim < HEAD_DIM)[None, :])
-            value = _load_rows(value_ptr, value_strides, row, dim, (dim < HEAD_DIM)[None, :])
+            key = tl.reshape(key_tma.load([0, batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
+            value = tl.reshape(value_tma.load([1, batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
         acc, row_max, row_sum = _attend_tile(
             acc, row_max, row_sum, query, key, value, scale_log2, LEVEL - 1.0, PRECISION
         )
@@ -87,13 +100,13 @@ def _attend_large_blocks(
 @triton.jit
 def _attend_small_blocks(
     acc, row_max, row_sum, query, key_ptr, value_ptr, key_strides, value_strides,
-    indices_ptr, first, end, level_start, bias, log2_rows, scale_log2, dim,
+    slots_ptr, first, end, level_start, bias, log2_rows, scale_log2, dim,
     HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows ``first`` to ``end`` of whole blocks, counted through the plan's slots: several blocks share a tile."""
-    for n in range(first, end, TILE_N):
+    for n in tl.range(first, end, TILE_N, disable_licm=True):
         position = n + tl.arange(0, TILE_N)
-        block = tl.load(indices_ptr + (position >> log2_rows))  # [TILE_N]
+        block = tl.load(slots_ptr + (position >> log2_rows))  # [TILE_N]
         row = level_start + (block << log2_rows) + (position & ((1 << log2_rows) - 1))
         key = _load_rows(key_ptr, key_strides, row, dim, (dim < HEAD_DIM)[None, :])
         value = _load_rows(value_ptr, value_strides, row, dim, (dim < HEAD_DIM)[None, :])
@@ -104,7 +117,7 @@ def _attend_small_blocks(
 @triton.jit
 def _attend_rest(
     acc, row_max, row_sum, query, q_position, key_ptr, value_ptr, key_strides, value_strides,
-    indices_ptr, first, end, level_start, level, log2_rows, kv_end, scale_log2, dim,
+    slots_ptr, first, end, level_start, level, log2_rows, kv_end, scale_log2, dim,
     HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows ``first`` to ``end`` of any blocks, under masks.
@@ -113,9 +126,9 @@ def _attend_rest(
     """
     REST_N: tl.constexpr = min(TILE_N, 16)
     pool = 1 << (level - 1)
-    for n in tl.range(first, end, REST_N, num_stages=1):
+    for n in tl.range(first, end, REST_N, num_stages=1, disable_licm=True):
         position = n + tl.arange(0, REST_N)
-        block = tl.load(indices_ptr + (position >> log2_rows), mask=position < end, other=0)  # [REST_N]
+        block = tl.load(slots_ptr + (position >> log2_rows), mask=position < end, other=0)  # [REST_N]
         row = (block << log2_rows) + (position & ((1 << log2_rows) - 1))
         count = tl.minimum(tl.maximum(kv_end - row * pool, 0), pool)  # tokens that a row covers
         exists = (position < end) & (count > 0)
@@ -133,12 +146,100 @@ def _attend_rest(
 
 
 @triton.jit
-def _whole_slots(indices_ptr, first, last, whole_blocks):
-    """The end of the slots from ``first`` whose blocks are whole: a level's slots are sorted by block."""
+def _whole_slots(slots_ptr, first, last, whole_blocks, MANY: tl.constexpr):
+    """The end of the slots from ``first`` whose blocks are whole: a level's slots are sorted by block.
+
+    Without ``MANY`` only the sequence's last block may be a part of one.
+    """
     end = last
-    while (end > first) & (tl.load(indices_ptr + tl.maximum(end - 1, 0)) >= whole_blocks):
-        end -= 1
+    if MANY:
+        while (end > first) & (tl.load(slots_ptr + tl.maximum(end - 1, 0)) >= whole_blocks):
+            end -= 1
+    else:
+        highest = tl.load(slots_ptr + tl.maximum(last - 1, 0))
+        end -= ((last > first) & (highest >= whole_blocks)).to(tl.int32)
     return end
+
+
+@triton.jit
+def _rest_of_level(
+    slots_ptr, ends_ptr, whole_blocks, level, large_levels, LOG2_BLOCK_KV: tl.constexpr, TILE_N: tl.constexpr,
+    MANY: tl.constexpr,
+):  # fmt: skip
+    """The rows of a level, counted through its slots, that no unmasked loop reads."""
+    log2_rows = LOG2_BLOCK_KV + 1 - level
+    first = tl.load(ends_ptr + level - 1)
+    last = tl.load(ends_ptr + level)
+    start = _whole_slots(slots_ptr, first, last, whole_blocks, MANY) << log2_rows
+    if level > large_levels:
+        start -= (start - (first << log2_rows)) % TILE_N
+    return start, last << log2_rows
+
+
+@triton.jit
+def _level_rows(kv_len, level):
+    """Rows of a pooled level, by which the next level's start further on."""
+    return (kv_len + (1 << (level - 1)) - 1) >> (level - 1)
+
+
+@triton.jit
+def _attend_rests(
+    acc, row_max, row_sum, query, q_position, rest, key_ptr, value_ptr, pooled_key_ptr, pooled_value_ptr,
+    key_strides, value_strides, pooled_strides, slots_ptr, ends_ptr, whole_blocks, kv_len, kv_end, scale_log2, dim,
+    LOG2_BLOCK_KV: tl.constexpr, NUM_LEVELS: tl.constexpr, LARGE_LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TILE_N: tl.constexpr, MANY: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What no unmasked loop reads of the levels whose bits are set in ``rest``."""
+    if (rest >> 1) & 1:
+        start, end = _rest_of_level(slots_ptr, ends_ptr, whole_blocks, 1, LARGE_LEVELS, LOG2_BLOCK_KV, TILE_N, MANY)
+        acc, row_max, row_sum = _attend_rest(
+            acc, row_max, row_sum, query, q_position, key_ptr, value_ptr, key_strides, value_strides,
+            slots_ptr, start, end, 0, 1, LOG2_BLOCK_KV, kv_end, scale_log2, dim,
+            HEAD_DIM, TILE_N, IS_CAUSAL, PRECISION,
+        )  # fmt: skip
+    level_start = 0
+    for level in range(2, NUM_LEVELS + 1):
+        if (rest >> level) & 1:
+            first, last = _rest_of_level(
+                slots_ptr, ends_ptr, whole_blocks, level, LARGE_LEVELS, LOG2_BLOCK_KV, TILE_N, MANY
+            )
+            acc, row_max, row_sum = _attend_rest(
+                acc, row_max, row_sum, query, q_position, pooled_key_ptr, pooled_value_ptr, pooled_strides,
+                pooled_strides, slots_ptr, first, last, level_start, level, LOG2_BLOCK_KV + 1 - level, kv_end,
+                scale_log2, dim, HEAD_DIM, TILE_N, False, PRECISION,
+            )  # fmt: skip
+        level_start += _level_rows(kv_len, level)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _place(order_ptr, pid, num_heads, num_q_blocks, TILES: tl.constexpr):
+    """Batch, head, query block and tile of program ``pid``, and the plan's row for it."""
+    tile = pid % TILES
+    plan_row = tl.load(order_ptr + pid // TILES)
+    q_block = plan_row % num_q_blocks
+    head = plan_row // num_q_blocks % num_heads
+    batch = plan_row // (num_q_blocks * num_heads)
+    return batch, head, q_block, tile, plan_row.to(tl.int64)
+
+
+@triton.jit
+def _same_program(plan_offsets_ptr):
+    """The program's number once more, as a value that the compiler does not know to be the same.
+
+    The loops use every register there is. What parts ahead of them and after them have in common, the compiler would
+    keep in some; from here they work it out anew. Plan offsets start with a zero, and a volatile load is not merged.
+    """
+    return tl.program_id(0) + tl.multiple_of(tl.load(plan_offsets_ptr, volatile=True), 16)
+
+
+@triton.jit
+def _query_rows(q_block, tile, q_len, dim, BLOCK_Q: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr):
+    """Tokens int64 [TILE_M] of a query tile, which of them exist, and the mask [TILE_M, DIM] of their elements."""
+    in_block = tile * TILE_M + tl.arange(0, TILE_M)
+    token = q_block.to(tl.int64) * BLOCK_Q + in_block
+    exists = (in_block < BLOCK_Q) & (token < q_len)
+    return token, exists, exists[:, None] & (dim < HEAD_DIM)[None, :]
 
 
 @triton.jit(
@@ -149,142 +250,154 @@ def _whole_slots(indices_ptr, first, last, whole_blocks):
         "kv_len",
         "num_q_blocks",
         "num_kv_blocks",
-        "pooled_rows",
     ]
 )
 def _forward_kernel(
-    query_ptr, key_ptr, value_ptr, pooled_key_ptr, pooled_value_ptr, key_tma, value_tma, pooled_key_tma,
-    pooled_value_tma, indices_ptr, offsets_ptr, kv_lengths_ptr, out_ptr, lse_ptr,
-    query_strides, key_strides, value_strides, out_strides,
-    num_heads, group, q_len, kv_len, num_q_blocks, num_kv_blocks, pooled_rows, scale_log2,
+    query_ptr, key_ptr, value_ptr, pooled_ptr, key_tma, value_tma, pooled_tma,
+    indices_ptr, plan_offsets_ptr, order_ptr, kv_lengths_ptr, out_ptr, lse_ptr,
+    query_strides, key_strides, value_strides, pooled_strides, out_strides,
+    num_heads, group, q_len, kv_len, num_q_blocks, num_kv_blocks, scale_log2,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, LOG2_BLOCK_KV: tl.constexpr, NUM_LEVELS: tl.constexpr,
     LARGE_LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr, TILE_M: tl.constexpr,
     TILE_N: tl.constexpr, HAS_LENGTHS: tl.constexpr, IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tiles_per_block: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
-    pid = tl.program_id(0).to(tl.int64)
-    tile = pid % tiles_per_block
-    q_block = pid // tiles_per_block % num_q_blocks
-    head = pid // (tiles_per_block * num_q_blocks) % num_heads
-    batch = pid // (tiles_per_block * num_q_blocks * num_heads)
-    kv_head = head // group
-    plan_row = (batch * num_heads + head) * num_q_blocks + q_block
-
-    in_block = tile * TILE_M + tl.arange(0, TILE_M)
-    q_token = q_block * BLOCK_Q + in_block
-    in_q = (in_block < BLOCK_Q) & (q_token < q_len)
+    TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
+    MANY: tl.constexpr = HAS_LENGTHS or IS_CAUSAL
+    pid = tl.program_id(0)
+    batch, head, q_block, tile, plan_row = _place(order_ptr, pid, num_heads, num_q_blocks, TILES)
+    slots_ptr = indices_ptr + plan_row * num_kv_blocks
+    ends_ptr = plan_offsets_ptr + plan_row * (NUM_LEVELS + 1)
     dim = tl.arange(0, DIM_TILE)
-    q_mask = in_q[:, None] & (dim < HEAD_DIM)[None, :]
-    query_ptr += batch * query_strides[0] + head * query_strides[1]
-    offset = q_token[:, None] * query_strides[2] + dim.to(tl.int64)[None, :] * query_strides[3]
-    query = tl.load(query_ptr + offset, mask=q_mask, other=0.0)  # [TILE_M, DIM]
+    token, in_q, q_mask = _query_rows(q_block, tile, q_len, dim, BLOCK_Q, HEAD_DIM, TILE_M)
+    offset = token[:, None] * query_strides[2] + dim.to(tl.int64)[None, :] * query_strides[3]
+    query = tl.load(_sequence(query_ptr, query_strides, batch, head) + offset, mask=q_mask, other=0.0)  # [TILE_M, DIM]
     if NEGATE:  # scale_log2 is never negative, so that the largest score has the largest logit
         query = -query
 
     kv_end = kv_len
     if HAS_LENGTHS:
         kv_end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch)).to(tl.int32)
-    q_position = (q_token + kv_len - q_len).to(tl.int32)
     whole_blocks = kv_end // BLOCK_KV
     if IS_CAUSAL:
-        first_position = (q_block * BLOCK_Q + tile * TILE_M + kv_len - q_len).to(tl.int32)
-        whole_blocks = tl.minimum(whole_blocks, (first_position + 1) // BLOCK_KV)
-    indices_ptr += plan_row * num_kv_blocks
-    offsets_ptr += plan_row * (NUM_LEVELS + 1)
-    key_ptr += batch * key_strides[0] + kv_head * key_strides[1]
-    value_ptr += batch * value_strides[0] + kv_head * value_strides[1]
-    pooled_start = (batch * (num_heads // group) + kv_head) * pooled_rows * HEAD_DIM
-    pooled_key_ptr += pooled_start
-    pooled_value_ptr += pooled_start
-    pooled_strides = (0, 0, HEAD_DIM, 1)
-    batch, kv_head = batch.to(tl.int32), kv_head.to(tl.int32)  # as descriptors take them
+        whole_blocks = tl.minimum(whole_blocks, (q_block * BLOCK_Q + tile * TILE_M + kv_len - q_len + 1) // BLOCK_KV)
+    kv_head = head // group
+    pooled_key_ptr, pooled_value_ptr = pooled_ptr, pooled_ptr + pooled_strides[0]
+    pooled_strides = (pooled_strides[1], pooled_strides[2], HEAD_DIM, 1)
 
     row_max = tl.full([TILE_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, DIM_TILE], tl.float32)
-
-    # Level 1.
-    first = tl.load(offsets_ptr)
-    last = tl.load(offsets_ptr + 1)
-    end = _whole_slots(indices_ptr, first, last, whole_blocks)
-    rest = end * BLOCK_KV
-    if LARGE_LEVELS >= 1:
-        acc, row_max, row_sum = _attend_large_blocks(
-            acc, row_max, row_sum, query, key_ptr, value_ptr, key_strides, value_strides, key_tma, value_tma,
-            batch, kv_head, indices_ptr, first, end, 0, scale_log2, dim,
-            1, BLOCK_KV, HEAD_DIM, TILE_N, PRECISION,
-        )  # fmt: skip
-    else:
-        rest -= (end - first) * BLOCK_KV % TILE_N
-        acc, row_max, row_sum = _attend_small_blocks(
-            acc, row_max, row_sum, query, key_ptr, value_ptr, key_strides, value_strides,
-            indices_ptr, first * BLOCK_KV, rest, 0, 0.0, LOG2_BLOCK_KV, scale_log2, dim,
-            HEAD_DIM, TILE_N, PRECISION,
-        )  # fmt: skip
-    acc, row_max, row_sum = _attend_rest(
-        acc, row_max, row_sum, query, q_position, key_ptr, value_ptr, key_strides, value_strides,
-        indices_ptr, rest, last * BLOCK_KV, 0, 1, LOG2_BLOCK_KV, kv_end, scale_log2, dim,
-        HEAD_DIM, TILE_N, IS_CAUSAL, PRECISION,
-    )  # fmt: skip
-
-    # Pooled levels whose blocks have a tile of rows or more.
+    rest = 0  # bit h is set when blocks of level h are left for the masked loop
     level_start = 0  # the level's first pooled row
-    for level in tl.static_range(2, LARGE_LEVELS + 1):
-        first = tl.load(offsets_ptr + level - 1)
-        end = _whole_slots(indices_ptr, first, tl.load(offsets_ptr + level), whole_blocks)
-        acc, row_max, row_sum = _attend_large_blocks(
-            acc, row_max, row_sum, query, pooled_key_ptr, pooled_value_ptr, pooled_strides, pooled_strides,
-            pooled_key_tma, pooled_value_tma, batch, kv_head, indices_ptr, first, end, level_start, scale_log2, dim,
-            level, BLOCK_KV, HEAD_DIM, TILE_N, PRECISION,
-        )  # fmt: skip
-        level_start += (kv_len + (1 << (level - 1)) - 1) >> (level - 1)
 
-    # The other pooled levels, and what masks every pooled level needs.
-    level_start = 0
-    for level in range(2, NUM_LEVELS + 1):
-        log2_rows = LOG2_BLOCK_KV + 1 - level
-        first = tl.load(offsets_ptr + level - 1)
-        last = tl.load(offsets_ptr + level)
-        end = _whole_slots(indices_ptr, first, last, whole_blocks)
-        rest = end << log2_rows
-        if level > LARGE_LEVELS:
-            start = first << log2_rows
-            rest -= (rest - start) % TILE_N
-            acc, row_max, row_sum = _attend_small_blocks(
+    # Levels whose blocks have a tile of rows or more. What a level needs to start is read before the level ahead of it
+    # runs: a chain of loads takes as long as a tile.
+    first, last = 0, tl.load(ends_ptr + 1)
+    block = tl.load(slots_ptr)
+    end = _whole_slots(slots_ptr, first, last, whole_blocks, MANY)
+    for level in tl.static_range(1, LARGE_LEVELS + 1):
+        next_last, next_block, next_end = last, block, end
+        if level < LARGE_LEVELS:
+            next_last = tl.load(ends_ptr + level + 1)
+            next_block = tl.load(slots_ptr + tl.minimum(last, num_kv_blocks - 1))
+            next_end = _whole_slots(slots_ptr, last, next_last, whole_blocks, MANY)
+        rest |= (end < last).to(tl.int32) << level
+        if level == 1:
+            acc, row_max, row_sum = _attend_large_blocks(
+                acc, row_max, row_sum, query, key_ptr, value_ptr, key_strides, value_strides, key_tma, value_tma,
+                batch, kv_head, slots_ptr, first, end, block, 0, scale_log2, dim,
+                level, BLOCK_KV, HEAD_DIM, TILE_N, PRECISION,
+            )  # fmt: skip
+        else:
+            acc, row_max, row_sum = _attend_large_blocks(
                 acc, row_max, row_sum, query, pooled_key_ptr, pooled_value_ptr, pooled_strides, pooled_strides,
-                indices_ptr, start, rest, level_start, level - 1.0, log2_rows, scale_log2, dim,
+                pooled_tma, pooled_tma, batch, kv_head, slots_ptr, first, end, block, level_start, scale_log2, dim,
+                level, BLOCK_KV, HEAD_DIM, TILE_N, PRECISION,
+            )  # fmt: skip
+            level_start += _level_rows(kv_len, level)
+        first, last, block, end = last, next_last, next_block, next_end
+
+    # Levels of smaller blocks.
+    if NUM_LEVELS > LARGE_LEVELS:
+        pid = _same_program(plan_offsets_ptr)
+        batch, head, q_block, tile, plan_row = _place(order_ptr, pid, num_heads, num_q_blocks, TILES)
+        slots_ptr = indices_ptr + plan_row * num_kv_blocks
+        ends_ptr = plan_offsets_ptr + plan_row * (NUM_LEVELS + 1)
+        pooled_key = _sequence(pooled_key_ptr, pooled_strides, batch, head // group)
+        pooled_value = _sequence(pooled_value_ptr, pooled_strides, batch, head // group)
+        if LARGE_LEVELS == 0:
+            start = 0
+            last = tl.load(ends_ptr + 1)
+            end = _whole_slots(slots_ptr, 0, last, whole_blocks, MANY) * BLOCK_KV // TILE_N * TILE_N
+            acc, row_max, row_sum = _attend_small_blocks(
+                acc, row_max, row_sum, query, _sequence(key_ptr, key_strides, batch, head // group),
+                _sequence(value_ptr, value_strides, batch, head // group), key_strides, value_strides,
+                slots_ptr, 0, end, 0, 0.0, LOG2_BLOCK_KV, scale_log2, dim,
                 HEAD_DIM, TILE_N, PRECISION,
             )  # fmt: skip
-        acc, row_max, row_sum = _attend_rest(
-            acc, row_max, row_sum, query, q_position, pooled_key_ptr, pooled_value_ptr, pooled_strides,
-            pooled_strides, indices_ptr, rest, last << log2_rows, level_start, level, log2_rows, kv_end,
-            scale_log2, dim, HEAD_DIM, TILE_N, False, PRECISION,
+            rest |= (end < last * BLOCK_KV).to(tl.int32) << 1
+        for small in range(max(LARGE_LEVELS, 1) + 1, NUM_LEVELS + 1):
+            log2_rows = LOG2_BLOCK_KV + 1 - small
+            first = tl.load(ends_ptr + small - 1)
+            last = tl.load(ends_ptr + small)
+            start = first << log2_rows
+            end = _whole_slots(slots_ptr, first, last, whole_blocks, MANY) << log2_rows
+            end -= (end - start) % TILE_N
+            acc, row_max, row_sum = _attend_small_blocks(
+                acc, row_max, row_sum, query, pooled_key, pooled_value, pooled_strides, pooled_strides,
+                slots_ptr, start, end, level_start, small - 1.0, log2_rows, scale_log2, dim,
+                HEAD_DIM, TILE_N, PRECISION,
+            )  # fmt: skip
+            rest |= (end < last << log2_rows).to(tl.int32) << small
+            level_start += _level_rows(kv_len, small)
+
+    # Blocks that are not whole, and small ones that did not fill a tile.
+    if rest > 0:
+        pid = _same_program(plan_offsets_ptr)
+        batch, head, q_block, tile, plan_row = _place(order_ptr, pid, num_heads, num_q_blocks, TILES)
+        q_position = q_block * BLOCK_Q + tile * TILE_M + tl.arange(0, TILE_M) + kv_len - q_len
+        acc, row_max, row_sum = _attend_rests(
+            acc, row_max, row_sum, query, q_position, rest,
+            _sequence(key_ptr, key_strides, batch, head // group),
+            _sequence(value_ptr, value_strides, batch, head // group),
+            _sequence(pooled_key_ptr, pooled_strides, batch, head // group),
+            _sequence(pooled_value_ptr, pooled_strides, batch, head // group),
+            key_strides, value_strides, pooled_strides, indices_ptr + plan_row * num_kv_blocks,
+            plan_offsets_ptr + plan_row * (NUM_LEVELS + 1), whole_blocks, kv_len, kv_end, scale_log2, dim,
+            LOG2_BLOCK_KV, NUM_LEVELS, LARGE_LEVELS, HEAD_DIM, TILE_N, MANY, IS_CAUSAL, PRECISION,
         )  # fmt: skip
-        level_start += (kv_len + (1 << (level - 1)) - 1) >> (level - 1)
 
     has_read = row_sum != 0  # true for NaN too: what is not a number shows
     out = acc / tl.where(has_read, row_sum, 1.0)[:, None]
-    # Offsets start at 0. Adding one that is read only now makes the compiler work out the rows' numbers a second time
-    # here, and not keep those of the queries in registers through the loops.
-    in_block = tile * TILE_M + tl.arange(0, TILE_M) + tl.load(offsets_ptr, volatile=True)
-    q_token = q_block * BLOCK_Q + in_block
-    in_q = (in_block < BLOCK_Q) & (q_token < q_len)
-    q_mask = in_q[:, None] & (dim < HEAD_DIM)[None, :]
-    out_ptr += batch.to(tl.int64) * out_strides[0] + head * out_strides[1]
-    offset = q_token[:, None] * out_strides[2] + dim.to(tl.int64)[None, :] * out_strides[3]
-    tl.store(out_ptr + offset, out.to(query.dtype), mask=q_mask)
     LN_2: tl.constexpr = 0.6931471805599453
     lse = tl.where(has_read, (row_max + tl.log2(tl.where(has_read, row_sum, 1.0))) * LN_2, float("-inf"))
-    tl.store(lse_ptr + (batch.to(tl.int64) * num_heads + head) * q_len + q_token, lse, mask=in_q)
+    pid = _same_program(plan_offsets_ptr)
+    batch, head, q_block, tile, plan_row = _place(order_ptr, pid, num_heads, num_q_blocks, TILES)
+    token, in_q, q_mask = _query_rows(q_block, tile, q_len, dim, BLOCK_Q, HEAD_DIM, TILE_M)
+    offset = token[:, None] * out_strides[2] + dim.to(tl.int64)[None, :] * out_strides[3]
+    tl.store(_sequence(out_ptr, out_strides, batch, head) + offset, out.to(query.dtype), mask=q_mask)
+    tl.store(lse_ptr + (batch.to(tl.int64) * num_heads + head) * q_len + token, lse, mask=in_q)
 
 
-def _descriptor(x: Tensor, tile_n: int, dim_tile: int) -> TensorDescriptor | None:
-    """Tiles of a sequence ``[B, H, L, D]`` through TMA, or None where its strides or its address do not allow it."""
-    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-    if not aligned or x.stride(3) != 1 or x.data_ptr() % 16:
+def _descriptor(x: Tensor, rows: int, dim_tile: int) -> TensorDescriptor | None:
+    """Tiles of rows through TMA, or None where the strides or the address do not allow it."""
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    if not aligned or x.stride(-1) != 1 or x.data_ptr() % 16 or 0 in x.shape:
         return None
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile_n, dim_tile])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1] * (x.dim() - 2) + [rows, dim_tile])
+
+
+def _descriptors(
+    key: Tensor, value: Tensor, pooled: Tensor, tile_n: int, dim_tile: int
+) -> list[TensorDescriptor | None]:
+    """Those of keys, values and pooled rows."""
+    if not has_tensor_memory_access(key.device):
+        return [None] * 3
+    sequences = [_descriptor(x, tile_n, dim_tile) for x in (key, value)]
+    if None in sequences:  # the loop reads both by descriptor or none
+        sequences = [None, None]
+    return [*sequences, _descriptor(pooled, tile_n, dim_tile)]
 
 
 def forward(
@@ -319,20 +432,14 @@ def forward(
             dtype=query.dtype,
             shared_memory=shared_memory_limit(query.device),
         )
-        pooled_key = pool_rows(key, kv_lengths, num_levels)
-        pooled_value = pool_rows(value, kv_lengths, num_levels)
+        pooled = pool_keys_and_values(key, value, kv_lengths, num_levels)
         large_levels = min(num_levels, (block_kv // tile.tile_n).bit_length())
-        sequences = (key, value, pooled_key, pooled_value) if large_levels > 1 else (key, value)
-        descriptors: list[TensorDescriptor | None] = [None] * 4
-        if large_levels and has_tensor_memory_access(query.device):
-            found = [_descriptor(x, tile.tile_n, dim_tile) for x in sequences]
-            if None not in found:
-                descriptors[: len(found)] = found
+        descriptors = [None] * 3 if large_levels == 0 else _descriptors(key, value, pooled, tile.tile_n, dim_tile)
+        order = heavy_first(offsets, num_kv_blocks, block_kv)
         _forward_kernel[(batch * heads * num_q_blocks * triton.cdiv(block_q, tile.tile_m),)](
-            query, key, value, pooled_key, pooled_value, *descriptors, indices, offsets, kv_lengths, out, lse,
-            query.stride(), key.stride(), value.stride(), out.stride(),
-            heads, heads // key.shape[1], q_len, key.shape[2], num_q_blocks, num_kv_blocks, pooled_key.shape[2],
-            abs(scale) * _LOG2_E,
+            query, key, value, pooled, *descriptors, indices, offsets, order, kv_lengths, out, lse,
+            query.stride(), key.stride(), value.stride(), pooled.stride(), out.stride(),
+            heads, heads // key.shape[1], q_len, key.shape[2], num_q_blocks, num_kv_blocks, abs(scale) * _LOG2_E,
             BLOCK_Q=block_q, BLOCK_KV=block_kv, LOG2_BLOCK_KV=block_kv.bit_length() - 1, NUM_LEVELS=num_levels,
             LARGE_LEVELS=large_levels, HEAD_DIM=head_dim, DIM_TILE=dim_tile, TILE_M=tile.tile_m, TILE_N=tile.tile_n,
             HAS_LENGTHS=kv_lengths is not None, IS_CAUSAL=is_causal, NEGATE=scale < 0,

@@ -68,12 +68,11 @@ def _pool_kernel(
         pooled_ptr += level_rows.to(tl.int64) * head_dim
 
 
-def forward(x: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
-    batch, heads, kv_len, head_dim = x.shape
-    rows_total = sum(num_rows(kv_len, level) for level in range(2, num_levels + 1))
-    pooled = x.new_empty((batch, heads, rows_total, head_dim))
+def _pool_into(pooled: Tensor, x: Tensor, kv_lengths: Tensor | None, num_levels: int) -> None:
+    """Write levels 2 to ``num_levels`` of ``x`` to ``pooled``, contiguous ``[B, H, rows, D]``."""
     if num_levels == 1:
-        return pooled
+        return
+    batch, heads, kv_len, head_dim = x.shape
     kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
     run = max(32, pool_size(num_levels))
     num_runs = triton.cdiv(kv_len, run)
@@ -87,7 +86,7 @@ def forward(x: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
             heads,
             kv_len,
             head_dim,
-            rows_total,
+            pooled.shape[2],
             num_runs,
             num_dim_tiles,
             HAS_LENGTHS=kv_lengths is not None,
@@ -95,4 +94,23 @@ def forward(x: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
             RUN=run,
             DIM_TILE=_DIM_TILE,
         )
+
+
+def _pooled_rows(kv_len: int, num_levels: int) -> int:
+    return sum(num_rows(kv_len, level) for level in range(2, num_levels + 1))
+
+
+def forward(x: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
+    batch, heads, kv_len, head_dim = x.shape
+    pooled = x.new_empty((batch, heads, _pooled_rows(kv_len, num_levels), head_dim))
+    _pool_into(pooled, x, kv_lengths, num_levels)
+    return pooled
+
+
+def pool_keys_and_values(key: Tensor, value: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
+    """Both in one tensor ``[2, B, H_kv, rows, D]``, keys first."""
+    batch, heads, kv_len, head_dim = key.shape
+    pooled = key.new_empty((2, batch, heads, _pooled_rows(kv_len, num_levels), head_dim))
+    _pool_into(pooled[0], key, kv_lengths, num_levels)
+    _pool_into(pooled[1], value, kv_lengths, num_levels)
     return pooled
