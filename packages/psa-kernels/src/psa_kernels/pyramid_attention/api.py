@@ -53,8 +53,9 @@ def pyramid_attention(
         num_levels: the coarsest level that may stand in ``levels``; None is ``log2(block_kv) + 1``, where a whole
             block is one row, or the plan's.
         return_lse: also return the log-sum-exp of each query's logits.
-        impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU, torch elsewhere. One asked for
-            by name never falls back. Only ``reference`` is differentiable (levels are constants).
+        impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU of compute capability 8.0 or
+            higher, torch elsewhere, with one warning on an older GPU. One asked for by name never falls back. Only
+            ``reference`` is differentiable (levels are constants).
 
     Returns:
         out ``[B, H, q_len, D]`` in query's dtype, and with ``return_lse`` lse ``[B, H, q_len]``, natural
