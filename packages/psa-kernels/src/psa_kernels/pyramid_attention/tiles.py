@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+_BARRIERS_AND_ALIGNMENT = 2048
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -23,8 +25,15 @@ class Tile:
     max_head_dim: int = 256
 
     def shared_memory(self, head_dim: int, element_size: int) -> int:
-        """Bytes of shared memory the tiles take: the queries once, keys and values once a stage."""
-        return (self.tile_m + 2 * self.num_stages * self.tile_n) * head_dim * element_size
+        """Bytes of shared memory that a program takes at most.
+
+        The queries once, keys and values once a stage, and the weights on their way to the second product: they may
+        have the room of a tile of keys, which is spent by then, and what they need beyond it. The compiler adds
+        barriers and aligns what is copied by descriptor.
+        """
+        tiles = (self.tile_m + 2 * self.num_stages * self.tile_n) * head_dim
+        weights = self.tile_n * max(0, self.tile_m - head_dim)
+        return (tiles + weights) * element_size + _BARRIERS_AND_ALIGNMENT
 
 
 # Best first, as measured on an H100: two programs share a multiprocessor, so a wide head has fewer stages. Half
