@@ -49,7 +49,9 @@ def pipeline(query, key, value, kv_lengths, impl=None):
     coarse = pool_pyramid(key, block_kv=32, num_levels=3, impl=impl).level(3)
     levels = torch.where(scores > scores.median(), 1, 3).to(torch.int8)
     out, lse = pyramid_attention(query, key, value, levels, kv_lengths=kv_lengths, return_lse=True, **blocks)
-    return out, lse, similarity, coarse
+    plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], block_q=32, block_kv=32), impl=impl)
+    planned = pyramid_attention(query, key, value, plan, kv_lengths=kv_lengths, **blocks)
+    return out, lse, similarity, coarse, planned, plan.density()
 
 
 def test_compiles_whole():
