@@ -1,13 +1,19 @@
 """Compile the kernels that the operators launch, to machine code for a GPU that need not be there.
 
-Usage: TRITON_INTERPRET=0 python compile_kernels.py CAPABILITY, for example 90
+Usage: TRITON_INTERPRET=0 python compile_kernels.py CAPABILITY [--tiles | --every], for example 90
 
 Launches are caught with their arguments and compiled instead. The interpreter runs Python, so it takes code that the
-compiler refuses.
+compiler refuses. What is compiled must fit the shared memory of the device, and may not need more than its tile counts.
+
+By default every kernel is compiled for a few arguments. ``--tiles`` compiles attention and importance, whose tiles the
+device decides, where their count is tightest; ``--every`` compiles these for every head dim, dtype and size of shared
+memory, which takes an hour on two cores.
 """
 
+import importlib
 import sys
 from contextlib import nullcontext
+from itertools import product
 
 import torch
 import triton
@@ -35,7 +41,9 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_LAUNCH_OPTIONS = ("num_warps", "num_stages")
+_LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+# KiB that a program may have, by capability.
+_SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 def type_of(value):
@@ -48,7 +56,20 @@ def type_of(value):
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def compile_instead(target, compiled):
+def counted(kernel, given, options):
+    """Bytes of shared memory that the tile of a launch counts; None where the tile does not depend on the device."""
+    if kernel.fn.__name__ == "_forward_kernel":
+        tiles = importlib.import_module("psa_kernels.pyramid_attention.tiles")
+        tile = tiles.Tile(given["TILE_M"], given["TILE_N"], options["num_warps"], options["num_stages"])
+    elif kernel.fn.__name__ == "_logits_kernel":
+        importance = importlib.import_module("psa_kernels.block_importance.triton_fwd")
+        tile = importance._Tile(given["TILE_M"], given["BLOCKS"] * given["PER_BLOCK"], **options)
+    else:
+        return None
+    return tile.shared_memory(given["DIM_TILE"], given["query_ptr"].element_size())
+
+
+def compile_instead(target, limit, compiled):
     """A stand-in for a launch."""
 
     def run(kernel, *args, grid, warmup, **kwargs):
@@ -61,19 +82,57 @@ def compile_instead(target, compiled):
         )
         binary = triton.compile(source, target=target, options=options)
         assert binary.asm["cubin"]
+        used, promised = binary.metadata.shared, counted(kernel, given, options)
+        what = f"{kernel.fn.__name__} {constants} {options} needs {used} bytes of shared memory"
+        assert used <= limit, f"{what}, {target} has {limit}"
+        assert promised is None or used <= promised, f"{what}, its tile counts {promised}"
         compiled.add(kernel.fn.__name__)
 
     return run
 
 
+def pretend(capability, limit, compiled):
+    """The operators find a GPU of ``capability`` on which a program may have ``limit`` bytes of shared memory."""
+    JITFunction.run = compile_instead(GPUTarget("cuda", capability, 32), limit, compiled)
+    attention = importlib.import_module("psa_kernels.pyramid_attention.triton_fwd")
+    attention.has_tensor_memory_access = lambda device: capability >= 90
+    for module in (attention, importlib.import_module("psa_kernels.block_importance.triton_fwd")):
+        module.shared_memory_limit = lambda device: limit
+        for value in vars(module).values():
+            getattr(value, "cache_clear", lambda: None)()  # what was chosen for another limit
+
+
+def tiles(dtype, head_dim, block_q, block_kv, is_causal):
+    """Attention and importance of one shape."""
+    query, key, value = make_qkv(q_len=100, head_dim=head_dim, dtype=dtype)
+    blocks = {"block_q": block_q, "block_kv": block_kv, "is_causal": is_causal}
+    layout = BlockLayout(100, 100, **blocks)
+    plan = LevelPlan.from_levels(random_levels(layout), layout)
+    pyramid_attention(query, key, value, plan, impl="triton", **blocks)
+    samples = {"samples_q": 16, "samples_kv": 16, "reduction": "mean" if is_causal else "max"}
+    block_importance(query, key, impl="triton", **samples, **blocks)
+
+
 def main() -> None:
-    capability = int(sys.argv[1])
+    capability, mode = int(sys.argv[1]), sys.argv[2:]
     compiled = set()
-    JITFunction.run = compile_instead(GPUTarget("cuda", capability, 32), compiled)
     # Imported when an operator first runs, so they are there to be changed only after a first call.
     operators = ("pyramid_attention", "pyramid_pool", "block_importance", "key_similarity", "level_plan", "rank_levels")
     for module in operators:
         __import__(f"psa_kernels.{module}.triton_fwd", fromlist=["on_device"]).on_device = lambda tensor: nullcontext()
+    if mode == ["--every"]:
+        shapes = product((64, 99, 163, 227), (16, 32, 64, 128, 256), (torch.float16, torch.float32))
+        for kib, head_dim, dtype in shapes:
+            pretend(capability, kib * 1024, compiled)
+            for blocks in ((128, 128, False), (32, 128, True), (16, 16, True)):
+                tiles(dtype, head_dim, *blocks)
+            print(f"capability {capability}, {kib} KiB: head_dim {head_dim} in {dtype} fits", flush=True)  # noqa: T201
+        return
+    pretend(capability, _SHARED_MEMORY[capability] * 1024, compiled)
+    if mode == ["--tiles"]:
+        for dtype, head_dim in ((torch.float16, 64), (torch.float16, 256), (torch.float32, 16)):
+            tiles(dtype, head_dim, 128, 128, False)
+        return
 
     for dtype, head_dim, is_causal in ((torch.bfloat16, 128, False), (torch.float32, 40, True)):
         query, key, value = make_qkv(q_len=100, head_dim=head_dim, dtype=dtype)
@@ -90,7 +149,7 @@ def main() -> None:
         for row_len, counts in ((50, [1, 5, 5]), (20_000, [9])):
             rank_levels(torch.zeros(2, row_len, dtype=dtype), counts, impl="triton")
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
-    kernels = ("forward", "positions", "logits", "reduce", "plan", "pool", "similarity", "rank")
+    kernels = ("forward", "order", "positions", "logits", "reduce", "plan", "pool", "similarity", "rank")
     assert compiled == {f"_{name}_kernel" for name in kernels}, compiled
 
 

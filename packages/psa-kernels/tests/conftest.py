@@ -41,12 +41,17 @@ INTERPRETER = Backend("triton", "cpu", (torch.float32, torch.float16))
 GPU = Backend("triton", "cuda", (torch.float32, torch.bfloat16, torch.float16))
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(TORCH, id="torch"),
-        pytest.param(INTERPRETER, id="interpreter", marks=pytest.mark.interpreter),
-        pytest.param(GPU, id="gpu", marks=pytest.mark.gpu),
-    ]
-)
+_TRITON = [
+    pytest.param(INTERPRETER, id="interpreter", marks=pytest.mark.interpreter),
+    pytest.param(GPU, id="gpu", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=[pytest.param(TORCH, id="torch"), *_TRITON])
 def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture(params=_TRITON)
+def triton_backend(request: pytest.FixtureRequest) -> Backend:
     return request.param

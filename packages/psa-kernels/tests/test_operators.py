@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+import warnings
 
+import pytest
 import torch
 
 from psa_kernels import (
     BlockLayout,
     LevelPlan,
     block_importance,
+    checks,
     key_similarity,
     pool_pyramid,
     pyramid_attention,
@@ -40,16 +43,18 @@ def test_fakes_describe_the_results():
         torch.library.opcheck(op.default, args, test_utils=checks)
 
 
-def pipeline(query, key, value, kv_lengths):
+def pipeline(query, key, value, kv_lengths, impl=None):
     """Everything a caller does between q, k, v and the output."""
-    blocks = {"block_q": 32, "block_kv": 32}
+    blocks = {"block_q": 32, "block_kv": 32, "impl": impl}
     scores = block_importance(query, key, samples_q=8, samples_kv=8, kv_lengths=kv_lengths, **blocks)
-    similarity = key_similarity(key, block_kv=32, num_levels=3)
-    coarse = pool_pyramid(key, block_kv=32, num_levels=3).level(3)
+    similarity = key_similarity(key, block_kv=32, num_levels=3, impl=impl)
+    coarse = pool_pyramid(key, block_kv=32, num_levels=3, impl=impl).level(3)
     kept = scores.shape[-1] // 2
-    levels = rank_levels(scores, [kept, kept, 2 * kept])
+    levels = rank_levels(scores, [kept, kept, 2 * kept], impl=impl)
     out, lse = pyramid_attention(query, key, value, levels, kv_lengths=kv_lengths, return_lse=True, **blocks)
-    return out, lse, similarity, coarse
+    plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], block_q=32, block_kv=32), impl=impl)
+    planned = pyramid_attention(query, key, value, plan, kv_lengths=kv_lengths, **blocks)
+    return out, lse, similarity, coarse, planned, plan.density()
 
 
 def test_compiles_whole():
@@ -65,6 +70,45 @@ def test_compiles_for_lengths_it_has_not_seen():
         qkv = make_qkv(batch=2, q_len=q_len, kv_len=kv_len)
         eager = pipeline(*qkv, LENGTHS)
         assert all(torch.equal(a, b) for a, b in zip(eager, attend(*qkv, LENGTHS), strict=True))
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """The CPU passes for a GPU that the Triton kernels do not run on."""
+    monkeypatch.setattr(checks, "gpu_capability", lambda device: (7, 5))
+    monkeypatch.setattr(checks, "resolve_impl", lambda impl, tensor: impl or checks.AUTO)
+    monkeypatch.setattr(checks, "_warned_of_old_gpu", False)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_old_gpu_takes_torch_with_one_warning(old_gpu, compiled):
+    qkv = make_qkv(batch=2, q_len=70, kv_len=100)
+    run = torch.compile(pipeline, fullgraph=True, backend="aot_eager") if compiled else pipeline
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first, second = run(*qkv, LENGTHS), run(*qkv, LENGTHS)
+    said = [str(warning.message) for warning in caught if "compute capability" in str(warning.message)]
+    assert len(said) == 1
+    assert "need a GPU of compute capability 8.0 or higher, and cpu has 7.5" in said[0]
+    expected = pipeline(*qkv, LENGTHS, impl="torch")
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(expected, first, second, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_triton_by_name_on_an_old_gpu_is_an_error(old_gpu, compiled):
+    qkv = make_qkv(batch=2, q_len=70, kv_len=100)
+    run = torch.compile(pipeline, fullgraph=True, backend="aot_eager") if compiled else pipeline
+    with pytest.raises(
+        ValueError, match=r"impl='triton'.*capability 8\.0 or higher, and cpu has 7\.5; use impl='torch'"
+    ):
+        run(*qkv, LENGTHS, impl="triton")
+
+
+def test_only_a_gpu_leaves_the_implementation_open():
+    assert checks.resolve_impl(None, torch.zeros(1)) == "torch"
+    cpu = torch.device("cpu")
+    assert checks.impl_to_run(checks.AUTO, cpu) == "torch"
+    assert [checks.impl_to_run(impl, cpu) for impl in checks.IMPLS] == list(checks.IMPLS)
 
 
 def test_import_is_light():

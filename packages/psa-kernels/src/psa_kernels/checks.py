@@ -1,6 +1,7 @@
 """Argument checks shared by all operators: each error says the argument, the rule and what came."""
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,10 @@ from torch import Tensor
 
 MAX_BLOCK = 256
 IMPLS = ("triton", "torch", "reference")
+AUTO = "auto"
+MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_warned_of_old_gpu = False
 
 
 def integer(name: str, value: object) -> int | torch.SymInt:
@@ -43,11 +47,50 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def resolve_impl(impl: str | None, tensor: Tensor) -> str:
-    """The implementation to run: as named, else Triton on a GPU and torch elsewhere."""
+    """What an operator is given as ``impl``: the name, else ``"auto"`` on a GPU and ``"torch"`` elsewhere.
+
+    Which implementation ``"auto"`` is stays open until the operator runs, see :func:`impl_to_run`: torch.compile
+    traces this function, and a graph should hold neither a query of the device nor a warning.
+    """
     if impl is None:
-        return "triton" if tensor.device.type == "cuda" else "torch"
+        return AUTO if tensor.device.type == "cuda" else "torch"
     choice("impl", impl, IMPLS)
     return impl
+
+
+def gpu_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU, None for other devices. Waits for nothing: torch keeps it."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def impl_to_run(impl: str, device: torch.device) -> str:
+    """The implementation that an operator runs on ``device``.
+
+    Args:
+        impl: ``"auto"`` or a name. ``"auto"`` is Triton on a GPU that its kernels run on, else torch; that a GPU is too
+            old is said in a warning, one a process.
+
+    Raises:
+        ValueError: Triton by name on a GPU too old for its kernels.
+    """
+    global _warned_of_old_gpu
+    if impl not in (AUTO, "triton"):
+        return impl
+    capability = gpu_capability(device)
+    if capability is None:
+        return "torch" if impl == AUTO else impl
+    if capability >= MIN_CAPABILITY:
+        return "triton"
+    rule = (
+        f"the Triton kernels need a GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or higher, "
+        f"and {device} has {capability[0]}.{capability[1]}"
+    )
+    if impl == "triton":
+        raise ValueError(f"impl='triton': {rule}; use impl='torch'")
+    if not _warned_of_old_gpu:
+        _warned_of_old_gpu = True
+        warnings.warn(f"{rule}: the operators of psa_kernels run in plain torch, which is slower", stacklevel=2)
+    return "torch"
 
 
 def floating(name: str, x: Tensor) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from psa_kernels import checks
+
 _LIBRARY = torch.library.Library("psa_kernels", "DEF")
 _MODULES = {"reference": "reference", "torch": "torch_impl", "triton": "triton_fwd"}
 
@@ -21,7 +23,7 @@ def implementation(package: str, impl: str) -> Callable[..., Any]:
 
 
 def register(package: str, signature: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define the operator ``psa_kernels::<signature>``, whose last argument is ``str impl``.
+    """Define the operator ``psa_kernels::<signature>``, whose last argument is ``str impl``, a name or ``"auto"``.
 
     Args:
         package: the operator's folder as a dotted name.
@@ -37,8 +39,9 @@ def register(package: str, signature: str, fake: Callable[..., Any]) -> Callable
 
     def run(*args: Any) -> Any:
         # Precision is the implementation's own affair: statistics are float32 whatever surrounds the call.
-        with torch.autocast(args[0].device.type, enabled=False):
-            return implementation(package, args[-1])(*args[:-1])
+        device = args[0].device
+        with torch.autocast(device.type, enabled=False):
+            return implementation(package, checks.impl_to_run(args[-1], device))(*args[:-1])
 
     def run_fake(*args: Any) -> Any:
         return fake(*args[:-1])

@@ -1,5 +1,7 @@
 """Inputs and the error budget that tests of the operators share. Needs torch alone."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,25 @@ def random_levels(
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = (batch, heads, layout.num_q_blocks, layout.num_kv_blocks)
     return torch.randint(layout.num_levels + 1, shape, generator=generator, dtype=torch.int8, device="cpu").to(device)
+
+
+def _at_odd_address(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+# Ways in which a sequence ``[B, H, L, D]`` may lie in memory. The values stay, but for "expanded", where all heads have
+# those of the first.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "fused": lambda x: torch.stack([x.transpose(1, 2)] * 3, dim=2)[:, :, 1].transpose(1, 2),
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+    "features apart": lambda x: x.mT.contiguous().mT,
+    # Neither is a whole number of 16 bytes, as copies by descriptor need.
+    "padded rows": lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1],
+    "odd address": _at_odd_address,
+    # The stride of a dimension of size 1 means nothing.
+    "odd stride of one sample": lambda x: x.as_strided(x.shape, (1, *x.stride()[1:])) if x.shape[0] == 1 else x,
+}
 
 
 def error_budget(ref64: Tensor, low: Tensor, eps: float) -> float:

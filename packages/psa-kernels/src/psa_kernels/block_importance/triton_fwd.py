@@ -138,7 +138,8 @@ def _logits_kernel(
     num_heads, group, kv_len, shift, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
     HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr, SAMPLES_Q: tl.constexpr, TILE_M: tl.constexpr,
     BLOCK_KV: tl.constexpr, SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, NEGATE: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, NEGATE: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_rows = num_q_blocks * SAMPLES_Q
     num_tiles = (num_rows + TILE_M - 1) // TILE_M
@@ -164,7 +165,7 @@ def _logits_kernel(
 
     row_max = tl.full([TILE_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE_M], tl.float32)
-    # Blocks that exist to their last token have every sample. Where all of a tile's columns are used too, nothing hides.
+    # A block that exists to its last token has every sample, and no column of it is hidden if each is used.
     whole_blocks = 0
     if not IS_CAUSAL and PER_BLOCK == SAMPLES_KV:
         length = kv_len

@@ -53,8 +53,9 @@ def pyramid_attention(
         num_levels: the coarsest level that may stand in ``levels``; None is ``log2(block_kv) + 1``, where a whole
             block is one row, or the plan's.
         return_lse: also return the log-sum-exp of each query's logits.
-        impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU, torch elsewhere. One asked for
-            by name never falls back. Only ``reference`` is differentiable (levels are constants).
+        impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU of compute capability 8.0 or
+            higher, torch elsewhere, with one warning on an older GPU. One asked for by name never falls back. Only
+            ``reference`` is differentiable (levels are constants).
 
     Returns:
         out ``[B, H, q_len, D]`` in query's dtype, and with ``return_lse`` lse ``[B, H, q_len]``, natural
@@ -86,7 +87,7 @@ def pyramid_attention(
         is_causal=is_causal,
     )
     if isinstance(levels, LevelPlan):
-        if levels.layout != layout:
+        if _differ(levels.layout, layout):
             raise ValueError(f"the plan's layout must be that of the call, {layout}, got {levels.layout}")
         _check_heads(levels.indices, query)
     else:
@@ -104,6 +105,12 @@ def pyramid_attention(
             query, key, value, plan.indices, plan.offsets, kv_lengths, block_q, block_kv, is_causal, scale, impl
         )
     return (out, lse) if return_lse else out
+
+
+def _differ(layout: BlockLayout, other: BlockLayout) -> bool:
+    """``layout != other``, a value at a time: torch.compile does not compare tuples of lengths that it keeps open."""
+    names = ("q_len", "kv_len", "block_q", "block_kv", "num_levels", "is_causal")
+    return any(getattr(layout, name) != getattr(other, name) for name in names)
 
 
 def _check_heads(levels: Tensor, query: Tensor) -> None:

@@ -1,8 +1,10 @@
 """Tile sizes, warps and pipeline stages as data, chosen by what a device has."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+_BARRIERS_AND_ALIGNMENT = 2048
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,8 @@ class Tile:
         tile_n: rows of keys and values.
         num_warps, num_stages: of the launch.
         max_head_dim: the widest head that its registers hold.
+        max_registers: of a thread, fewer than the compiler would take where one more program on a multiprocessor is
+            worth some spilled words; None leaves it to the compiler.
     """
 
     tile_m: int
@@ -21,16 +25,25 @@ class Tile:
     num_warps: int
     num_stages: int
     max_head_dim: int = 256
+    max_registers: int | None = None
 
     def shared_memory(self, head_dim: int, element_size: int) -> int:
-        """Bytes of shared memory the tiles take: the queries once, keys and values once a stage."""
-        return (self.tile_m + 2 * self.num_stages * self.tile_n) * head_dim * element_size
+        """Bytes of shared memory that a program takes at most.
+
+        The queries once, keys and values once a stage, and the weights on their way to the second product: they may
+        have the room of a tile of keys, which is spent by then, and what they need beyond it. The compiler adds
+        barriers and aligns what is copied by descriptor.
+        """
+        tiles = (self.tile_m + 2 * self.num_stages * self.tile_n) * head_dim
+        weights = self.tile_n * max(0, self.tile_m - head_dim)
+        return (tiles + weights) * element_size + _BARRIERS_AND_ALIGNMENT
 
 
-# Best first, as measured on an H100: two programs share a multiprocessor, so a wide head has fewer stages. Half
-# precision runs on tensor cores; float32 in full precision does not, and holds less in registers.
+# Best first, as measured on an H100. Up to head_dim 64 three programs share a multiprocessor, which takes at most 168
+# registers a thread; up to 128 it is two, and one with a third stage. Half precision runs on tensor cores; float32 in
+# full precision does not, and holds less in registers.
 _HALF = (
-    Tile(128, 64, 4, 3, max_head_dim=64),
+    Tile(128, 64, 4, 3, max_head_dim=64, max_registers=168),
     Tile(128, 64, 4, 2, max_head_dim=128),
     Tile(128, 64, 8, 2),
     Tile(64, 64, 4, 2),
@@ -55,5 +68,5 @@ def choose_tile(*, block_q: int, head_dim: int, dtype: torch.dtype, shared_memor
     candidates = _FLOAT if dtype == torch.float32 else _HALF
     for tile in candidates:
         if head_dim <= tile.max_head_dim and tile.shared_memory(head_dim, dtype.itemsize) <= shared_memory:
-            return Tile(min(tile.tile_m, max(16, block_q)), tile.tile_n, tile.num_warps, tile.num_stages)
+            return replace(tile, tile_m=min(tile.tile_m, max(16, block_q)))
     raise ValueError(f"no tile for head_dim {head_dim} in {dtype} fits {shared_memory} bytes of shared memory")

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from psa_kernels.pyramid_attention.ops import lse_dtype
 from psa_kernels.pyramid_attention.tiles import choose_tile
-from psa_kernels.pyramid_attention.schedule import heavy_first
+from psa_kernels.pyramid_attention.triton_order import heavy_first
 from psa_kernels.pyramid_pool.triton_fwd import pool_keys_and_values
 from psa_kernels.triton_device import has_tensor_memory_access, on_device, shared_memory_limit
 
@@ -444,6 +444,6 @@ def forward(
             LARGE_LEVELS=large_levels, HEAD_DIM=head_dim, DIM_TILE=dim_tile, TILE_M=tile.tile_m, TILE_N=tile.tile_n,
             HAS_LENGTHS=kv_lengths is not None, IS_CAUSAL=is_causal, NEGATE=scale < 0,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
         )  # fmt: skip
     return out, lse

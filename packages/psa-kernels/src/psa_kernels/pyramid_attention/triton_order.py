@@ -16,15 +16,15 @@ _ROWS = 128
 @triton.jit
 def _work_class(
     ends_ptr, row, num_rows, dense_work, NUM_LEVELS: tl.constexpr, BLOCK_KV: tl.constexpr, CLASSES: tl.constexpr
-):
-    """int32 [ROWS]: 0 for rows of the plan with the most work to ``CLASSES - 1`` for the least, and ``CLASSES`` for none."""
+):  # fmt: skip
+    """int32 [ROWS]: 0 for the rows of the plan with most work to ``CLASSES - 1``; ``CLASSES`` past the last row."""
     work = tl.zeros_like(row)
     start = tl.zeros_like(row)
     for level in tl.static_range(1, NUM_LEVELS + 1):
         end = tl.load(ends_ptr + row * (NUM_LEVELS + 1) + level, mask=row < num_rows, other=0)
         work += (end - start) * (BLOCK_KV >> (level - 1))
         start = end
-    # Half of the classes lie below an eighth of all work, where rows of a sparse map are.
+    # Half of the classes are for less than a sixteenth of dense work: rows of a sparse map lie low.
     share = tl.sqrt(tl.sqrt(work.to(tl.float32) / dense_work))
     falling = CLASSES - 1 - tl.minimum(share * CLASSES, CLASSES - 1).to(tl.int32)
     return tl.where(row < num_rows, falling, CLASSES)
