@@ -7,7 +7,7 @@ compiler refuses. What is compiled must fit the shared memory of the device, and
 
 By default every kernel is compiled for a few arguments. ``--tiles`` compiles attention and importance, whose tiles the
 device decides, where their count is tightest; ``--every`` compiles these for every head dim, dtype and size of shared
-memory, which takes an hour on two cores.
+memory, which takes many minutes.
 """
 
 import importlib

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from psa_kernels import (
     BlockLayout,
@@ -186,14 +187,16 @@ def test_two_streams_at_once():
 
 @pytest.mark.parametrize(("mode", "dynamic"), [("default", None), ("default", True), ("reduce-overhead", None)])
 def test_compiles_whole(mode, dynamic):
-    """By torch's own compiler and, with ``reduce-overhead``, into a CUDA graph: one compilation, the same bits."""
+    """By torch's own compiler and, with ``reduce-overhead``, into a CUDA graph: one program, the same bits."""
     torch._dynamo.reset()
+    counters.clear()
     compiled = torch.compile(pipeline, fullgraph=True, mode=mode, dynamic=dynamic)
     for length in (300, 517, 1001) if dynamic else (300,):
         qkv = make_qkv(q_len=length, dtype=torch.bfloat16, device="cuda")
         expected = pipeline(*qkv)
         for _ in range(3):
             assert torch.equal(compiled(*qkv), expected)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_an_old_gpu_takes_torch_with_one_warning(monkeypatch):

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from psa_kernels import (
     BlockLayout,
@@ -65,11 +66,14 @@ def test_compiles_whole():
 
 
 def test_compiles_for_lengths_it_has_not_seen():
-    attend = torch.compile(pipeline, fullgraph=True, backend="aot_eager", dynamic=True)
-    for q_len, kv_len in ((70, 100), (95, 201), (131, 260)):
-        qkv = make_qkv(batch=2, q_len=q_len, kv_len=kv_len)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    attend = torch.compile(pipeline, fullgraph=True, backend=counter, dynamic=True)
+    for n in range(20):
+        qkv = make_qkv(batch=2, q_len=70 + 13 * n, kv_len=100 + 29 * n)
         eager = pipeline(*qkv, LENGTHS)
         assert all(torch.equal(a, b) for a, b in zip(eager, attend(*qkv, LENGTHS), strict=True))
+    assert counter.frame_count == 1
 
 
 @pytest.fixture

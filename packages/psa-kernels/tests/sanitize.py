@@ -1,0 +1,142 @@
+"""Launch every Triton kernel on small ragged shapes, for a tool that watches memory.
+
+Usage: compute-sanitizer --tool memcheck --error-exitcode 1 python packages/psa-kernels/tests/sanitize.py
+
+Each tensor is an allocation of its own, and each sequence ends where its allocation does, so that a read past the last
+row, or a write past the last result, is one outside of all memory. Without a GPU a few of the shapes run in Triton's
+interpreter, which watches nothing but shows that this script works.
+"""
+
+import os
+
+# Read when torch and Triton are imported. Cached memory is cut from larger allocations, in which nothing is outside.
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import importlib
+import pkgutil
+from collections import Counter
+from itertools import product
+
+import psa_kernels
+from psa_kernels import BlockLayout, LevelPlan, block_importance, key_similarity, pool_pyramid, pyramid_attention
+from psa_kernels.testing import make_qkv, random_levels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float16, torch.float32) if DEVICE == "cuda" else (torch.float16,)
+
+
+def packed(x):
+    """Rows one after the other, as copies by descriptor take them."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def heads_inside(x):
+    """``[B, L, H, D]`` in memory, as a projection leaves it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def odd_address(x):
+    """Starting at an address that no descriptor takes."""
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+VIEWS = (packed, heads_inside, odd_address)
+
+
+def watch():
+    """Counts launches by kernel. Returns the counter and the names of all kernels."""
+    launches, names = Counter(), set()
+    for module in pkgutil.walk_packages(psa_kernels.__path__, "psa_kernels."):
+        if module.name.endswith(".triton_fwd"):
+            for name, kernel in vars(importlib.import_module(module.name)).items():
+                if name.endswith("_kernel") and name not in names:
+                    names.add(name)
+                    count(kernel, name, launches)
+    return launches, names
+
+
+def count(kernel, name, launches):
+    launch = kernel.run
+
+    def run(*args, **kwargs):
+        result = launch(*args, **kwargs)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()  # what went wrong is named after the kernel in which it did
+        launches[name] += 1
+        return result
+
+    kernel.run = run
+
+
+def run_all(view, dtype, *, q_len, kv_len, head_dim, block_q, block_kv, is_causal, kv_lengths):
+    """Every operator once, ``[2, 4, q_len, head_dim]`` on two KV heads."""
+    qkv = make_qkv(
+        batch=2, heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len, head_dim=head_dim, dtype=dtype, device=DEVICE
+    )
+    query, key, value = (view(x) for x in qkv)
+    lengths = torch.tensor(kv_lengths, device=DEVICE) if kv_lengths else None
+    blocks = {"block_q": block_q, "block_kv": block_kv, "is_causal": is_causal}
+    layout = BlockLayout(q_len, kv_len, **blocks)
+    num_levels = layout.num_levels
+    options = {"kv_lengths": lengths, "impl": "triton"}
+    results = [
+        pool_pyramid(key, block_kv=block_kv, num_levels=num_levels, **options).pooled,
+        key_similarity(key, block_kv=block_kv, num_levels=num_levels, **options),
+    ]
+    for reduction in ("max", "mean"):
+        samples = {"samples_q": 7, "samples_kv": 5, "reduction": reduction}
+        results.append(block_importance(query, key, **samples, **blocks, **options))
+    levels = random_levels(layout, batch=2, heads=4, device=DEVICE)
+    plan = LevelPlan.from_levels(levels, layout, impl="triton")
+    results += pyramid_attention(query, key, value, plan, return_lse=True, **blocks, **options)
+    assert not any(x.isnan().any() for x in results)
+
+
+def main() -> None:
+    launches, names = watch()
+    shapes = (
+        {
+            "q_len": 70,
+            "kv_len": 77,
+            "head_dim": 40,
+            "block_q": 32,
+            "block_kv": 32,
+            "is_causal": True,
+            "kv_lengths": None,
+        },
+        {
+            "q_len": 33,
+            "kv_len": 203,
+            "head_dim": 64,
+            "block_q": 16,
+            "block_kv": 128,
+            "is_causal": False,
+            "kv_lengths": None,
+        },
+        {
+            "q_len": 1,
+            "kv_len": 150,
+            "head_dim": 33,
+            "block_q": 128,
+            "block_kv": 64,
+            "is_causal": False,
+            "kv_lengths": (149, 3),
+        },
+    )
+    for shape, dtype in product(shapes, DTYPES):
+        for view in VIEWS if DEVICE == "cuda" else VIEWS[-1:]:
+            run_all(view, dtype, **shape)
+    for name in sorted(names):
+        print(f"{name}: {launches[name]} launches on {DEVICE}")  # noqa: T201
+    missing = names - set(launches)
+    if missing:
+        raise SystemExit(f"never launched: {', '.join(sorted(missing))}")
+
+
+if __name__ == "__main__":
+    main()
