@@ -1,6 +1,9 @@
 """Launch every Triton kernel on small ragged shapes, for a tool that watches memory.
 
-Usage: compute-sanitizer --tool memcheck --error-exitcode 1 python packages/psa-kernels/tests/sanitize.py
+Usage: compute-sanitizer --tool memcheck --error-exitcode 1 python packages/psa-kernels/tests/sanitize.py [SHAPE ...]
+
+SHAPE is the number of one of the shapes below; all of them without. A first run without the tool compiles the kernels,
+which takes long under it.
 
 Each tensor is an allocation of its own, and each sequence ends where its allocation does, so that a read past the last
 row, or a write past the last result, is one outside of all memory. Without a GPU a few of the shapes run in Triton's
@@ -19,11 +22,20 @@ if not torch.cuda.is_available():
 
 import importlib
 import pkgutil
+import sys
 from collections import Counter
 from itertools import product
 
 import psa_kernels
-from psa_kernels import BlockLayout, LevelPlan, block_importance, key_similarity, pool_pyramid, pyramid_attention
+from psa_kernels import (
+    BlockLayout,
+    LevelPlan,
+    block_importance,
+    key_similarity,
+    pool_pyramid,
+    pyramid_attention,
+    rank_levels,
+)
 from psa_kernels.testing import make_qkv, random_levels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,13 +58,34 @@ def odd_address(x):
 
 
 VIEWS = (packed, heads_inside, odd_address)
+SHAPES = (
+    {"q_len": 70, "kv_len": 77, "head_dim": 40, "block_q": 32, "block_kv": 32, "is_causal": True, "kv_lengths": None},
+    {
+        "q_len": 33,
+        "kv_len": 203,
+        "head_dim": 64,
+        "block_q": 16,
+        "block_kv": 128,
+        "is_causal": False,
+        "kv_lengths": None,
+    },
+    {
+        "q_len": 1,
+        "kv_len": 150,
+        "head_dim": 33,
+        "block_q": 128,
+        "block_kv": 64,
+        "is_causal": False,
+        "kv_lengths": (149, 3),
+    },
+)
 
 
 def watch():
     """Counts launches by kernel. Returns the counter and the names of all kernels."""
     launches, names = Counter(), set()
     for module in pkgutil.walk_packages(psa_kernels.__path__, "psa_kernels."):
-        if module.name.endswith(".triton_fwd"):
+        if module.name.rpartition(".")[2] in ("triton_fwd", "triton_order"):
             for name, kernel in vars(importlib.import_module(module.name)).items():
                 if name.endswith("_kernel") and name not in names:
                     names.add(name)
@@ -91,6 +124,8 @@ def run_all(view, dtype, *, q_len, kv_len, head_dim, block_q, block_kv, is_causa
     for reduction in ("max", "mean"):
         samples = {"samples_q": 7, "samples_kv": 5, "reduction": reduction}
         results.append(block_importance(query, key, **samples, **blocks, **options))
+    counts = [1, layout.num_kv_blocks]
+    results.append(rank_levels(results[-1], counts, impl="triton"))
     levels = random_levels(layout, batch=2, heads=4, device=DEVICE)
     plan = LevelPlan.from_levels(levels, layout, impl="triton")
     results += pyramid_attention(query, key, value, plan, return_lse=True, **blocks, **options)
@@ -99,35 +134,7 @@ def run_all(view, dtype, *, q_len, kv_len, head_dim, block_q, block_kv, is_causa
 
 def main() -> None:
     launches, names = watch()
-    shapes = (
-        {
-            "q_len": 70,
-            "kv_len": 77,
-            "head_dim": 40,
-            "block_q": 32,
-            "block_kv": 32,
-            "is_causal": True,
-            "kv_lengths": None,
-        },
-        {
-            "q_len": 33,
-            "kv_len": 203,
-            "head_dim": 64,
-            "block_q": 16,
-            "block_kv": 128,
-            "is_causal": False,
-            "kv_lengths": None,
-        },
-        {
-            "q_len": 1,
-            "kv_len": 150,
-            "head_dim": 33,
-            "block_q": 128,
-            "block_kv": 64,
-            "is_causal": False,
-            "kv_lengths": (149, 3),
-        },
-    )
+    shapes = [SHAPES[int(n)] for n in sys.argv[1:]] or SHAPES
     for shape, dtype in product(shapes, DTYPES):
         for view in VIEWS if DEVICE == "cuda" else VIEWS[-1:]:
             run_all(view, dtype, **shape)

@@ -122,3 +122,16 @@ def test_import_is_light():
         "assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unnamed_implementation_on_a_gpu():
+    """Which one runs is settled on the GPU, and operators hand the open choice on. No GPU is needed for that."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    blocks = {"block_q": 32, "block_kv": 32}
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, 2, 96, 16, device="cuda") for _ in range(3))
+        levels = rank_levels(block_importance(query, key, samples_q=8, samples_kv=8, **blocks), [1])
+        out = pyramid_attention(query, key, value, levels, **blocks)
+    assert out.shape == query.shape
+    assert out.device.type == "cuda"

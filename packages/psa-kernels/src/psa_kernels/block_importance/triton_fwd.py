@@ -1,12 +1,12 @@
 """One pass over the sampled logits, then one over what it leaves, after a small kernel has drawn the sample.
 
-The first pass keeps each sampled query's softmax normaliser and, for every KV block, the query's largest logit in it: a
-float a query and block. The second turns these into weights, now that the normaliser is known, and reduces over the
+The first pass keeps each sampled query's largest logit and, for every KV block, the query's largest score in it: a
+float a query and block. The second turns these into weights, now that the softmax's sum is known, and reduces over the
 queries of a block. For the mean the first keeps the block's summed weights instead, beside the maximum that they are
 relative to.
 
-All that passes between the two lies in one buffer, in this order: what is kept of each query and block, the
-normalisers, the maxima.
+All that passes between the two lies in one buffer, in this order: what is kept of each query and block, the queries'
+largest logits, one over their sums, and the maxima that sums of a block are relative to.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ from psa_kernels.block_importance.sampling import KEY_STREAM, QUERY_STREAM, SEED
 from psa_kernels.triton_device import on_device, shared_memory_limit
 
 _LOG2_E = 1.4426950408889634
+# In place of a scale of 0, so that it times a hidden score of -inf is not NaN. No logit differs from 0 by it.
+_LEAST_SCALE = 1e-36
 _DRAWS = 256  # positions a program draws
 
 
@@ -106,13 +108,12 @@ def _fold_tile(
     key = tl.load(key_ptr + key_offset, mask=key_mask, other=0.0)  # [COLUMNS, DIM]
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     if HIDES:
-        scores = scores * scale_log2 + tl.where(position >= 0, 0.0, float("-inf"))[None, :]
-        scale_log2 = 1.0
+        scores += tl.where(position >= 0, 0.0, float("-inf"))[None, :]
         if IS_CAUSAL:
             scores = tl.where(position[None, :] <= row[:, None] + shift, scores, float("-inf"))
 
-    block_max = tl.max(tl.reshape(scores, (TILE_M, BLOCKS, PER_BLOCK)), axis=2) * scale_log2  # [TILE_M, BLOCKS]
-    new_max = tl.maximum(row_max, tl.max(block_max, axis=1))
+    block_max = tl.max(tl.reshape(scores, (TILE_M, BLOCKS, PER_BLOCK)), axis=2)  # [TILE_M, BLOCKS]
+    new_max = tl.maximum(row_max, tl.max(block_max, axis=1) * scale_log2)
     safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = tl.exp2(scores * scale_log2 - safe_max[:, None])
     row_sum = row_sum * tl.exp2(row_max - safe_max) + tl.sum(weights, axis=1)
@@ -149,10 +150,11 @@ def _logits_kernel(
     query_ptr += batch * query_strides[0] + head * query_strides[1]
     key_ptr += batch * key_strides[0] + head // group * key_strides[1]
     kv_positions_ptr = positions_ptr + num_rows + batch * kv_positions_stride
-    normaliser_ptr = kept_ptr + num_sampled.to(tl.int64) * num_kv_blocks
     # A head's rows of one KV block lie side by side, as the threads that hold them do.
     first_row = (batch * num_heads + head) * num_rows
-    kept_max_ptr = normaliser_ptr + num_sampled + first_row * ((num_kv_blocks + BLOCKS - 1) // BLOCKS)
+    row_max_ptr = kept_ptr + num_sampled.to(tl.int64) * num_kv_blocks
+    row_share_ptr = row_max_ptr + num_sampled
+    kept_max_ptr = row_share_ptr + num_sampled + first_row * ((num_kv_blocks + BLOCKS - 1) // BLOCKS)
     kept_ptr += first_row * num_kv_blocks
 
     slot = (pid % num_tiles) * TILE_M + tl.arange(0, TILE_M)
@@ -185,16 +187,17 @@ def _logits_kernel(
             HEAD_DIM, SAMPLES_KV, PER_BLOCK, BLOCKS, True, IS_CAUSAL, IS_MEAN, PRECISION,
         )  # fmt: skip
 
-    # A query that sees nothing, or does not exist, gets a normaliser that turns its logits into 0.
-    normaliser = tl.where(row_sum > 0, row_max + tl.log2(tl.maximum(row_sum, 1e-30)), float("inf"))
-    normaliser = tl.where(row_sum == row_sum, normaliser, row_sum)  # what is not a number shows
-    tl.store(normaliser_ptr + first_row + slot, tl.where(row >= 0, normaliser, float("inf")), mask=slot < num_rows)
+    # A query that sees nothing, or does not exist, has no share of its weights. What is not a number shows.
+    seen = (row >= 0) & (row_sum != 0)
+    tl.store(row_max_ptr + first_row + slot, tl.where(seen, row_max, 0.0), mask=slot < num_rows)
+    share = tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 0.0)
+    tl.store(row_share_ptr + first_row + slot, share, mask=slot < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_sampled", "num_q_blocks", "num_kv_blocks", "kv_positions_stride"])
 def _reduce_kernel(
     kept_ptr, positions_ptr, out_ptr, num_heads, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride,
-    SAMPLES_Q: tl.constexpr, ROWS: tl.constexpr, SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr,
+    scale_log2, SAMPLES_Q: tl.constexpr, ROWS: tl.constexpr, SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr,
     TILE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, IS_MEAN: tl.constexpr,
 ):  # fmt: skip
     chunks = (num_kv_blocks + BLOCKS - 1) // BLOCKS
@@ -202,23 +205,25 @@ def _reduce_kernel(
     q_row = pid // chunks  # over batch, heads and query blocks
     batch = q_row // (num_heads * num_q_blocks)
     kv_positions_ptr = positions_ptr + num_q_blocks * SAMPLES_Q + batch * kv_positions_stride
-    normaliser_ptr = kept_ptr + num_sampled.to(tl.int64) * num_kv_blocks
+    row_max_ptr = kept_ptr + num_sampled.to(tl.int64) * num_kv_blocks
+    row_share_ptr = row_max_ptr + num_sampled
     num_rows = num_q_blocks * SAMPLES_Q
     tiles = (num_kv_blocks + TILE_BLOCKS - 1) // TILE_BLOCKS
     first_row = q_row // num_q_blocks * num_rows
-    kept_max_ptr = normaliser_ptr + num_sampled + first_row * tiles
+    kept_max_ptr = row_share_ptr + num_sampled + first_row * tiles
     kept_ptr += first_row * num_kv_blocks
     block = (pid % chunks) * BLOCKS + tl.arange(0, BLOCKS)
     slot = tl.arange(0, ROWS)
     row = q_row % num_q_blocks * SAMPLES_Q + slot
-    normaliser = tl.load(normaliser_ptr + first_row + row, mask=slot < SAMPLES_Q, other=float("inf"))  # [ROWS]
+    row_max = tl.load(row_max_ptr + first_row + row, mask=slot < SAMPLES_Q, other=0.0)  # [ROWS]
+    share = tl.load(row_share_ptr + first_row + row, mask=slot < SAMPLES_Q, other=0.0)  # [ROWS]
     mask = (slot < SAMPLES_Q)[:, None] & (block < num_kv_blocks)[None, :]
     offset = block.to(tl.int64)[None, :] * num_rows + row[:, None]
     if IS_MEAN:
         kept = tl.load(kept_ptr + offset, mask=mask, other=0.0)  # [ROWS, BLOCKS]
         offset = (block // TILE_BLOCKS).to(tl.int64)[None, :] * num_rows + row[:, None]
         kept_max = tl.load(kept_max_ptr + offset, mask=mask, other=0.0)
-        weights = kept * tl.exp2(kept_max - normaliser[:, None])
+        weights = kept * tl.exp2(kept_max - row_max[:, None]) * share[:, None]
         q_position = tl.load(positions_ptr + row, mask=slot < SAMPLES_Q, other=-1)
         queries = tl.sum((q_position >= 0).to(tl.float32), axis=0)
         sample = block[:, None] * SAMPLES_KV + tl.arange(0, PER_BLOCK)[None, :]
@@ -228,7 +233,7 @@ def _reduce_kernel(
         score = tl.sum(weights, axis=0) / tl.maximum(columns * queries, 1.0)
     else:
         kept = tl.load(kept_ptr + offset, mask=mask, other=float("-inf"))  # [ROWS, BLOCKS]
-        score = tl.max(tl.exp2(kept - normaliser[:, None]), axis=0)
+        score = tl.max(tl.exp2(kept * scale_log2 - row_max[:, None]) * share[:, None], axis=0)
     tl.store(out_ptr + q_row * num_kv_blocks + block, score, mask=block < num_kv_blocks)
 
 
@@ -313,6 +318,7 @@ def forward(
     dim_tile = max(16, triton.next_power_of_2(head_dim))
     kv_positions_stride = 0 if kv_lengths is None else num_kv_blocks * samples_kv
     is_mean = reduction == "mean"
+    scale_log2 = max(abs(scale) * _LOG2_E, _LEAST_SCALE)
     lengths = None if kv_lengths is None else kv_lengths.contiguous()
     with on_device(query):
         tile = _choose_tile(per_block, dim_tile, query.element_size(), device)
@@ -322,14 +328,14 @@ def forward(
                 f"{shared_memory_limit(device)} bytes of shared memory of {device}; take fewer samples"
             )
         tile_blocks = tile.columns // per_block
-        floats = num_kv_blocks + 1 + (triton.cdiv(num_kv_blocks, tile_blocks) if is_mean else 0)
+        floats = num_kv_blocks + 2 + (triton.cdiv(num_kv_blocks, tile_blocks) if is_mean else 0)
         kept = torch.empty(num_sampled * floats, dtype=torch.float32, device=device)
         out = torch.empty((batch, heads, num_q_blocks, num_kv_blocks), dtype=torch.float32, device=device)
         positions = draw_positions(q_len, kv_len, lengths, block_q, block_kv, samples_q, samples_kv, seed, device)
         _logits_kernel[(batch * heads * triton.cdiv(num_rows, tile.rows),)](
             query, key, lengths, positions, kept, query.stride(), key.stride(),
             heads, heads // kv_heads, kv_len, kv_len - q_len, num_sampled,
-            num_q_blocks, num_kv_blocks, kv_positions_stride, abs(scale) * _LOG2_E,
+            num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
             HEAD_DIM=head_dim, DIM_TILE=dim_tile, SAMPLES_Q=samples_q, TILE_M=tile.rows, BLOCK_KV=block_kv,
             SAMPLES_KV=samples_kv, PER_BLOCK=per_block, BLOCKS=tile_blocks, HAS_LENGTHS=lengths is not None,
             NEGATE=scale < 0, IS_CAUSAL=is_causal, IS_MEAN=is_mean,
@@ -339,7 +345,7 @@ def forward(
         rows = triton.next_power_of_2(samples_q)
         blocks = max(1, min(128, 4096 // rows))
         _reduce_kernel[(batch * heads * num_q_blocks * triton.cdiv(num_kv_blocks, blocks),)](
-            kept, positions, out, heads, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride,
+            kept, positions, out, heads, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
             SAMPLES_Q=samples_q, ROWS=rows, SAMPLES_KV=samples_kv, PER_BLOCK=per_block,
             TILE_BLOCKS=tile_blocks, BLOCKS=blocks, IS_MEAN=is_mean,
         )  # fmt: skip

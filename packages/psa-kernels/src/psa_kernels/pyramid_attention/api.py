@@ -70,7 +70,7 @@ def pyramid_attention(
     if value.shape != key.shape:
         raise ValueError(f"value must have key's shape {list(key.shape)}, got {list(value.shape)}")
     checks.lengths(kv_lengths, query.shape[0], query.device)
-    impl = checks.resolve_impl(impl, query)
+    to_run = checks.resolve_impl(impl, query)
     scale = checks.scale(scale, query.shape[3])
     checks.boolean("is_causal", is_causal)
     checks.boolean("return_lse", return_lse)
@@ -102,7 +102,7 @@ def pyramid_attention(
         checks.no_grad_needed("pyramid_attention", query, key, value)
         plan = levels if isinstance(levels, LevelPlan) else LevelPlan.from_levels(levels, layout, impl=impl)
         out, lse = pyramid_attention_op(
-            query, key, value, plan.indices, plan.offsets, kv_lengths, block_q, block_kv, is_causal, scale, impl
+            query, key, value, plan.indices, plan.offsets, kv_lengths, block_q, block_kv, is_causal, scale, to_run
         )
     return (out, lse) if return_lse else out
 
