@@ -58,26 +58,11 @@ def odd_address(x):
 
 
 VIEWS = (packed, heads_inside, odd_address)
+# q_len, kv_len, head_dim, block_q, block_kv, is_causal, kv_lengths
 SHAPES = (
-    {"q_len": 70, "kv_len": 77, "head_dim": 40, "block_q": 32, "block_kv": 32, "is_causal": True, "kv_lengths": None},
-    {
-        "q_len": 33,
-        "kv_len": 203,
-        "head_dim": 64,
-        "block_q": 16,
-        "block_kv": 128,
-        "is_causal": False,
-        "kv_lengths": None,
-    },
-    {
-        "q_len": 1,
-        "kv_len": 150,
-        "head_dim": 33,
-        "block_q": 128,
-        "block_kv": 64,
-        "is_causal": False,
-        "kv_lengths": (149, 3),
-    },
+    (70, 77, 40, 32, 32, True, None),
+    (33, 203, 64, 16, 128, False, None),
+    (1, 150, 33, 128, 64, False, (149, 3)),
 )
 
 
@@ -106,7 +91,7 @@ def count(kernel, name, launches):
     kernel.run = run
 
 
-def run_all(view, dtype, *, q_len, kv_len, head_dim, block_q, block_kv, is_causal, kv_lengths):
+def run_all(view, dtype, q_len, kv_len, head_dim, block_q, block_kv, is_causal, kv_lengths):
     """Every operator once, ``[2, 4, q_len, head_dim]`` on two KV heads."""
     qkv = make_qkv(
         batch=2, heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len, head_dim=head_dim, dtype=dtype, device=DEVICE
@@ -137,7 +122,7 @@ def main() -> None:
     shapes = [SHAPES[int(n)] for n in sys.argv[1:]] or SHAPES
     for shape, dtype in product(shapes, DTYPES):
         for view in VIEWS if DEVICE == "cuda" else VIEWS[-1:]:
-            run_all(view, dtype, **shape)
+            run_all(view, dtype, *shape)
     for name in sorted(names):
         print(f"{name}: {launches[name]} launches on {DEVICE}")  # noqa: T201
     missing = names - set(launches)

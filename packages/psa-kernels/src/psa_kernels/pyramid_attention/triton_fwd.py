@@ -22,18 +22,17 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _attend_tile(acc, row_max, row_sum, query, key, value, scale_log2, bias, PRECISION: tl.constexpr):
-    """Fold a tile [TILE_N, DIM] that all queries see into the running statistics.
+def _weigh(row_max, row_sum, query, key, scale_log2, bias, PRECISION: tl.constexpr):
+    """Weights [TILE_M, TILE_N] of a tile of keys that all queries see, relative to a new maximum.
 
-    ``bias`` is log2 of the tokens that each of its rows stands for.
+    ``bias`` is log2 of the tokens that each of its rows stands for. Returns also the new statistics, and by how much
+    what has been summed so far decays.
     """
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [TILE_M, TILE_N]
     new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2 + bias)
     weights = tl.exp2(scores * scale_log2 - (new_max - bias)[:, None])
     decay = tl.exp2(row_max - new_max)
-    row_sum = row_sum * decay + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum
+    return weights, decay, new_max, row_sum * decay + tl.sum(weights, axis=1)
 
 
 @triton.jit
@@ -84,16 +83,19 @@ def _attend_large_blocks(
             row = start + tl.arange(0, TILE_N)
             mask = (dim < HEAD_DIM)[None, :]
             key = _load_rows(_sequence(key_ptr, key_strides, batch, kv_head), key_strides, row, dim, mask)
-            value = _load_rows(_sequence(value_ptr, value_strides, batch, kv_head), value_strides, row, dim, mask)
         elif LEVEL == 1:
             key = tl.reshape(key_tma.load([batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
-            value = tl.reshape(value_tma.load([batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
         else:
             key = tl.reshape(key_tma.load([0, batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
+        weights, decay, row_max, row_sum = _weigh(row_max, row_sum, query, key, scale_log2, LEVEL - 1.0, PRECISION)
+        # Loaded only here, so that the scores do not wait for the values to arrive.
+        if key_tma is None:
+            value = _load_rows(_sequence(value_ptr, value_strides, batch, kv_head), value_strides, row, dim, mask)
+        elif LEVEL == 1:
+            value = tl.reshape(value_tma.load([batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
+        else:
             value = tl.reshape(value_tma.load([1, batch, kv_head, start, 0]), (TILE_N, dim.shape[0]))
-        acc, row_max, row_sum = _attend_tile(
-            acc, row_max, row_sum, query, key, value, scale_log2, LEVEL - 1.0, PRECISION
-        )
+        acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 
 
@@ -109,8 +111,9 @@ def _attend_small_blocks(
         block = tl.load(slots_ptr + (position >> log2_rows))  # [TILE_N]
         row = level_start + (block << log2_rows) + (position & ((1 << log2_rows) - 1))
         key = _load_rows(key_ptr, key_strides, row, dim, (dim < HEAD_DIM)[None, :])
+        weights, decay, row_max, row_sum = _weigh(row_max, row_sum, query, key, scale_log2, bias, PRECISION)
         value = _load_rows(value_ptr, value_strides, row, dim, (dim < HEAD_DIM)[None, :])
-        acc, row_max, row_sum = _attend_tile(acc, row_max, row_sum, query, key, value, scale_log2, bias, PRECISION)
+        acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 
 
