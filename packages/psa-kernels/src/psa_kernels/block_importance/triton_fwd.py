@@ -190,7 +190,7 @@ def _logits_kernel(
     # A query that sees nothing, or does not exist, has no share of its weights. What is not a number shows.
     seen = (row >= 0) & (row_sum != 0)
     tl.store(row_max_ptr + first_row + slot, tl.where(seen, row_max, 0.0), mask=slot < num_rows)
-    share = tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 0.0)
+    share = tl.where(seen, tl.div_rn(1.0, tl.where(seen, row_sum, 1.0)), 0.0)
     tl.store(row_share_ptr + first_row + slot, share, mask=slot < num_rows)
 
 
