@@ -93,6 +93,12 @@ def test_triton_without_a_gpu_is_refused_before_work(sparse: Preset, monkeypatch
         PyramidAttention(sparse, GRID, impl="triton")(*make_qkv(batch=2, q_len=GRID.seq_len))
 
 
+def test_triton_on_an_old_gpu_is_an_error(sparse: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psa_kernels.checks.gpu_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"impl='triton': .*capability 8\.0 or higher, and cpu has 7\.5"):
+        PyramidAttention(sparse, GRID, impl="triton")(*make_qkv(batch=2, q_len=GRID.seq_len))
+
+
 def test_wrong_arguments(sparse: Preset) -> None:
     with pytest.raises(TypeError, match=r"grid must be a psa_masks.VideoGrid or None, got tuple"):
         PyramidAttention(sparse, (3, 7, 9))

@@ -17,6 +17,8 @@ def check_impl(impl: str | None) -> None:
 
 def check_device(impl: str | None, tensor: Tensor) -> None:
     """Raises ValueError if `impl` is Triton, asked for by name, and Triton cannot run where `tensor` lies."""
+    if impl == "triton":
+        checks.impl_to_run(impl, tensor.device)  # not on a GPU too old for the kernels
     if impl == "triton" and tensor.device.type != "cuda":
         # Imported here because it imports Triton, which others do without.
         from psa_kernels.triton_device import on_device
