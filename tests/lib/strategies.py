@@ -141,7 +141,8 @@ def orders(draw: st.DrawFn, *, grid: VideoGrid) -> TokenOrder:
     if kind == "curve":
         return gilbert_order(grid)
     if kind == "cubes":
-        return cube_order(grid, draw(st.tuples(*[st.integers(1, 4)] * 3)))
+        cube = draw(st.tuples(*[st.integers(1, 4)] * 3))
+        return cube_order(grid, cube, along=draw(st.sampled_from(["raster", "gilbert"])))
     return TokenOrder(torch.randperm(grid.seq_len, generator=torch.Generator().manual_seed(draw(seeds()))))
 
 
@@ -161,6 +162,7 @@ def presets(draw: st.DrawFn, *, ends: st.SearchStrategy[tuple[float, ...]] | Non
         use_rearrange=draw(st.booleans()),
         rearrange_method=draw(st.sampled_from(["Gilbert", "Cube"])),
         tile_size=draw(st.tuples(*[st.integers(1, 4)] * 3)),
+        cubes_along=draw(st.sampled_from(["Raster", "Gilbert"])),
         mask_mode=draw(st.sampled_from(["thresholdbound", "topk"])),
         use_sim_mask=draw(st.booleans()),
         sim_thresholds=draw(

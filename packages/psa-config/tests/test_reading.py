@@ -44,6 +44,7 @@ def test_what_is_left_out_has_a_default(load: Load, form: str) -> None:
     attention = pyramid(load(form.replace("        tile_n: 32\n", "")).get("Wan"))
     assert attention.block_size.tile_n == 32
     assert (attention.rearrange_method, attention.tile_size) == ("Gilbert", (2, 8, 8))
+    assert attention.cubes_along == "Raster"
     assert (attention.use_sim_mask, attention.sim_thresholds.values) == (False, (0.7, 0.65, 0.6))
     assert (attention.cooldown_steps, attention.dense_layers) == (0, ())
     assert (attention.min_full, attention.skip, attention.seed) == (0.0, "drop", 0)
@@ -56,6 +57,7 @@ def test_every_optional_key(load: Load, form: str) -> None:
       dense_layers: [0, 29]
       rearrange_method: Cube
       tile_size: [4, 8, 16]
+      cubes_along: Gilbert
       use_sim_mask: true
       sim_thresholds: {x2: 0.75, x4: -1, x8: 1}
       skip: mean
@@ -67,6 +69,7 @@ def test_every_optional_key(load: Load, form: str) -> None:
     attention = pyramid(load(form.replace("    baseline:\n", options)).get("Wan"))
     assert (attention.cooldown_steps, attention.dense_layers) == (3, (0, 29))
     assert (attention.rearrange_method, attention.tile_size) == ("Cube", (4, 8, 16))
+    assert attention.cubes_along == "Gilbert"
     assert (attention.use_sim_mask, attention.sim_thresholds.values) == (True, (0.75, -1, 1))
     assert (attention.skip, attention.seed, attention.min_full) == ("mean", 7, 0.06)
     assert (attention.samples.q, attention.samples.kv) == (32, 16)

@@ -61,6 +61,8 @@ def test_a_shipped_model_may_give_presets_alone(form: str) -> None:
         ("n: 64", "n: 48"),
         ("  text_length: 226\n", ""),
         ("warmup_steps: 12", "samples: {q:}"),
+        ("warmup_steps: 12", "tile_size: [2, 8]"),
+        ("warmup_steps: 12", "cubes_along: raster"),
         ("warmup_steps: 12", "min_full_attn_ratio: 6"),
     ],
 )

@@ -57,7 +57,7 @@ def test_published_figures(
     assert attention.mask_ratios.skipped == (bounds[-1], 1.0)
     assert (attention.warmup_steps, attention.cooldown_steps) == (warmup, 0)
     assert (attention.use_rearrange, attention.rearrange_method) == (rearranged, "Gilbert")
-    assert attention.tile_size == (2, 8, 8)
+    assert (attention.tile_size, attention.cubes_along) == ((2, 8, 8), "Raster")
     assert attention.use_sim_mask is capped
     x8 = 0.65 if name == "psa_topk" else 0.6
     assert attention.sim_thresholds.values == (0.7, 0.65, x8)

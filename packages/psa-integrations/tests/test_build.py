@@ -77,6 +77,11 @@ def test_a_level_left_out_of_the_ratios_is_empty(make_preset: MakePreset) -> Non
     [
         ({}, gilbert_order(GRID)),
         ({"rearrange_method": "Cube", "tile_size": (1, 2, 2)}, cube_order(GRID, (1, 2, 2))),
+        (
+            {"rearrange_method": "Cube", "tile_size": (1, 2, 2), "cubes_along": "Gilbert"},
+            cube_order(GRID, (1, 2, 2), along="gilbert"),
+        ),
+        ({"tile_size": (1, 2, 2), "cubes_along": "Raster"}, gilbert_order(GRID)),
     ],
 )
 def test_the_token_order_is_the_one_named(

@@ -94,7 +94,14 @@ def test_odd_portrait_and_flat_sizes(
         assert run(pipeline, **size).isfinite().all()
 
 
-@pytest.mark.parametrize("changes", [{"use_rearrange": False}, {"rearrange_method": "Cube"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rearrange": False},
+        {"rearrange_method": "Cube"},
+        {"rearrange_method": "Cube", "tile_size": (2, 4, 4), "cubes_along": "Gilbert"},
+    ],
+)
 @pytest.mark.parametrize("name", ["wan21", "cogvideox_5b"])
 def test_other_token_orders(
     name: str,

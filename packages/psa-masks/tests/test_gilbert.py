@@ -64,3 +64,13 @@ def test_blocks_are_more_compact_than_rows_and_flat_cubes(shape: tuple[int, int,
     curve = spread(gilbert_order(grid), shape, block)
     assert curve < spread(cube_order(grid, (block // 64, 8, 8)), shape, block)
     assert curve < spread(TokenOrder.identity(grid.seq_len), shape, block)
+
+
+@pytest.mark.parametrize("shape", VIDEOS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("block", [64, 128])
+def test_blocks_of_cubes_along_the_curve_are_not_torn_apart(shape: tuple[int, int, int], block: int) -> None:
+    grid = VideoGrid(frames=shape[0], height=shape[1], width=shape[2])
+    cube = (block // 64, 8, 8)
+    whole = spread(TokenOrder.identity(block), cube, block)
+    curve = spread(gilbert_order(grid), shape, block)
+    assert curve < spread(cube_order(grid, cube, along="gilbert"), shape, block) < 1.5 * whole

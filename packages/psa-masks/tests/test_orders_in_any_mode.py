@@ -1,11 +1,13 @@
 """Orders are cached between callers, so they must not depend on the mode of the first."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from psa_masks import TokenOrder, VideoGrid, cube_order, gilbert_order
 
-MAKERS = [gilbert_order, cube_order]
+MAKERS = [gilbert_order, cube_order, partial(cube_order, along="gilbert")]
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -187,6 +187,9 @@ class PyramidSparseAttention(_Form):
     tile_size: tuple[Size, Size, Size] = Field(
         default=(2, 8, 8), description="Frames, rows and columns of tokens in a cube."
     )
+    cubes_along: Literal["Raster", "Gilbert"] = Field(
+        default="Raster", description="How cubes follow one another: row by row, or along the Hilbert-like curve."
+    )
     use_sim_mask: bool = Field(default=False, description="Whether sim_thresholds cap the levels.")
     sim_thresholds: SimThresholds = Field(default=SimThresholds(), description="Similarity a block needs to be pooled.")
     min_full: Share = Field(

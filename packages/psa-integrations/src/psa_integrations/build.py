@@ -1,9 +1,12 @@
 """Presets to masks: the one place where configuration meets the mask and token-order code."""
 
+from typing import Literal
+
 from psa_config import DenseAttention, Preset, PyramidSparseAttention, load_presets
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order
 
 _MODES = {"thresholdbound": "threshold", "topk": "quota"}
+_CUBES_ALONG: dict[str, Literal["raster", "gilbert"]] = {"Raster": "raster", "Gilbert": "gilbert"}
 
 
 def find_preset(preset: Preset | str, *, model: str | None = None) -> Preset:
@@ -67,4 +70,4 @@ def token_order(attention: PyramidSparseAttention, grid: VideoGrid) -> TokenOrde
         return None
     if attention.rearrange_method == "Gilbert":
         return gilbert_order(grid)
-    return cube_order(grid, attention.tile_size)
+    return cube_order(grid, attention.tile_size, along=_CUBES_ALONG[attention.cubes_along])

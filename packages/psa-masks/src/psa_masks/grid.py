@@ -57,3 +57,9 @@ class VideoGrid:
         """(start, stop) of the video in the sequence."""
         start = self.text if self.text_first else 0
         return start, start + self.video_len
+
+
+def check_grid(value: object) -> None:
+    """The argument ``grid`` is a VideoGrid."""
+    if not isinstance(value, VideoGrid):
+        raise TypeError(f"grid must be a psa_masks.VideoGrid, got {type(value).__name__}")

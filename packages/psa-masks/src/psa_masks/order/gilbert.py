@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_masks.grid import VideoGrid
+from psa_masks.grid import VideoGrid, check_grid
 from psa_masks.order.token_order import TokenOrder, ordinary_cpu_tensors
 
 # Sets of axes and corners of a box are numbers of three bits, one an axis: the corner at the far end of axes
@@ -61,7 +61,11 @@ def gilbert_order(grid: VideoGrid) -> TokenOrder:
 
     Returns:
         The order of the whole sequence, shared between equal calls.
+
+    Raises:
+        TypeError: ``grid`` is no VideoGrid.
     """
+    check_grid(grid)
     return _gilbert_order(grid)
 
 
