@@ -147,7 +147,10 @@ class SimThresholds(_Form):
 
 
 class Samples(_Form):
-    """How many tokens of a block stand for it when importance is estimated; None is a quarter of it."""
+    """How many tokens of a block stand for it when importance is estimated; None is a quarter of it.
+
+    With antidiagonal importance, how many groups of consecutive tokens a block is cut into.
+    """
 
     q: OptionalSize = Field(default=None, description="Sampled query tokens of a block.")
     kv: OptionalSize = Field(default=None, description="Sampled key tokens of a block.")
@@ -197,6 +200,9 @@ class PyramidSparseAttention(_Form):
     skip: Literal["drop", "mean"] = Field(
         default="drop", description="What becomes of skipped blocks: nothing, or one row, their mean."
     )
+    importance_method: Literal["sampled", "antidiagonal"] = Field(
+        default="sampled", description="Importance from tokens drawn from each block, or from sums of antidiagonals."
+    )
     samples: Samples = Field(default_factory=Samples, description="Tokens sampled from a block for its importance.")
     seed: Count = Field(default=0, description="Seed of the sampling.")
 
@@ -212,9 +218,28 @@ class PyramidSparseAttention(_Form):
             for key, count, side, size in sampled
             if count is not None and count > size
         ]
+        if not problems and info.data.get("importance_method") == "antidiagonal":
+            problems = cls._uneven_groups(samples, block)
         if problems:
             raise _rule_broken(problems)
         return samples
+
+    @staticmethod
+    def _uneven_groups(samples: Samples, block: BlockSize) -> list[tuple[Path, str]]:
+        """What keeps antidiagonals from pairing groups of as many queries as keys."""
+        counts = {"q": samples.q or block.m // 4, "kv": samples.kv or block.n // 4}
+        problems: list[tuple[Path, str]] = [
+            ((key,), f"got {counts[key]}, expected a divisor of block_size.{side}, which is {size}, for antidiagonals")
+            for key, side, size in (("q", "m", block.m), ("kv", "n", block.n))
+            if size % counts[key]
+        ]
+        groups = block.m // counts["q"], block.n // counts["kv"]
+        if not problems and groups[0] != groups[1]:
+            key = "q" if samples.kv is None else "kv"
+            side, size, other = ("m", block.m, groups[1]) if key == "q" else ("n", block.n, groups[0])
+            expected = f"expected {size // other}" if other <= size else f"expected groups of at most {size} tokens"
+            problems.append(((key,), f"got {counts[key]}, {expected}: as antidiagonals need groups of as many queries as keys"))
+        return problems
 
 
 Attention = Annotated[DenseAttention | PyramidSparseAttention, Field(discriminator="type")]
