@@ -233,12 +233,11 @@ class PyramidSparseAttention(_Form):
             for key, side, size in (("q", "m", block.m), ("kv", "n", block.n))
             if size % counts[key]
         ]
-        groups = block.m // counts["q"], block.n // counts["kv"]
-        if not problems and groups[0] != groups[1]:
-            key = "q" if samples.kv is None else "kv"
-            side, size, other = ("m", block.m, groups[1]) if key == "q" else ("n", block.n, groups[0])
-            expected = f"expected {size // other}" if other <= size else f"expected groups of at most {size} tokens"
-            problems.append(((key,), f"got {counts[key]}, {expected}: as antidiagonals need groups of as many queries as keys"))
+        groups = {"q": block.m // counts["q"], "kv": block.n // counts["kv"]}
+        if not problems and groups["q"] != groups["kv"]:
+            key, other = ("q", "kv") if samples.kv is None else ("kv", "q")  # one that the file gives
+            message = f"{counts[key]} makes groups of {groups[key]} tokens, expected {groups[other]} as samples.{other}"
+            problems.append(((key,), f"{message} does, for antidiagonals"))
         return problems
 
 
