@@ -40,7 +40,7 @@ def block_importance(
     KV block ``samples_kv`` groups of as many. The logit of two groups is the mean logit along their antidiagonal:
     last query with first key, the one before with the second, and so on for as long as both groups have tokens. Groups
     attend to groups by softmax, and a block pair scores the maximum or the mean over its pairs of groups. Every token
-    counts, at 1/s of the cost of attention's scores, and nothing is drawn.
+    of whole groups counts, at 1/s of the cost of attention's scores, and nothing is drawn.
     Source: XAttention (arXiv 2503.16428), which Pyramid Sparse Attention takes for video understanding.
 
     Args:
