@@ -60,6 +60,11 @@ def policies(
     """
     block_q, block_kv = draw(st.sampled_from(blocks)), draw(st.sampled_from(blocks))
     coarsest = block_kv.bit_length()
+    samples_q, samples_kv = st.none() | st.integers(1, block_q), st.none() | st.integers(1, block_kv)
+    method = draw(st.sampled_from(["sampled", "antidiagonal"]))
+    if method == "antidiagonal":  # groups of as many queries as keys
+        group = 1 << draw(st.integers(0, min(block_q, block_kv).bit_length() - 1))
+        samples_q, samples_kv = st.just(block_q // group), st.just(block_kv // group)
     caps = st.none() if coarsest == 1 else st.none() | similarity_thresholds(most=coarsest - 1)
     return MaskPolicy(
         mode=draw(st.sampled_from(["threshold", "quota"])),
@@ -68,8 +73,9 @@ def policies(
         block_kv=block_kv,
         skip=draw(st.sampled_from(skips)),
         min_full=draw(st.just(0.0) | shares()),
-        samples_q=draw(st.none() | st.integers(1, block_q)),
-        samples_kv=draw(st.none() | st.integers(1, block_kv)),
+        samples_q=draw(samples_q),
+        samples_kv=draw(samples_kv),
+        method=method,
         reduction=draw(st.sampled_from(["max", "mean"])),
         similarity_thresholds=draw(caps),
         protected=draw(ranges(length=kv_len)),
@@ -170,6 +176,7 @@ def presets(draw: st.DrawFn, *, ends: st.SearchStrategy[tuple[float, ...]] | Non
         ),
         min_full=draw(st.just(0.0) | shares()),
         skip=draw(st.sampled_from(["drop", "mean"])),
+        importance_method=draw(st.sampled_from(["sampled", "antidiagonal"])),
         seed=draw(seeds()),
     )
 

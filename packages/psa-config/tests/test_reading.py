@@ -75,6 +75,14 @@ def test_every_optional_key(load: Load, form: str) -> None:
     assert (attention.samples.q, attention.samples.kv) == (32, 16)
 
 
+def test_importance_method(load: Load, form: str) -> None:
+    assert pyramid(load(form).get("Wan")).importance_method == "sampled"
+    for samples in ("{q: 16, kv: 8}", "{q: 32}", "{}"):
+        chosen = f"importance_method: antidiagonal\n      samples: {samples}"
+        attention = pyramid(load(form.replace("warmup_steps: 12", chosen)).get("Wan"))
+        assert attention.importance_method == "antidiagonal"
+
+
 def test_the_other_spelling_of_min_full(load: Load, form: str) -> None:
     text = form.replace("warmup_steps: 12", "min_full_attn_ratio: 0.06")
     assert pyramid(load(text).get("Wan")).min_full == 0.06

@@ -217,6 +217,30 @@ MISTAKES = [
         f"{B}.samples.kv",
         "got 65, expected .* block_size.n, which is 64",
     ),
+    (
+        "warmup_steps: 12",
+        "importance_method: ^antidiagonals",
+        f"{B}.importance_method",
+        'got "antidiagonals", expected "sampled" or "antidiagonal".*',
+    ),
+    (
+        "warmup_steps: 12",
+        "importance_method: antidiagonal\n      samples: {q: 16, kv: ^7}",
+        f"{B}.samples.kv",
+        "got 7, expected a divisor of block_size.n, which is 64, for antidiagonals",
+    ),
+    (
+        "warmup_steps: 12",
+        "importance_method: antidiagonal\n      samples: {q: 16, kv: ^16}",
+        f"{B}.samples.kv",
+        "16 makes groups of 4 tokens, expected 8 as samples.q does, for antidiagonals",
+    ),
+    (
+        "warmup_steps: 12",
+        "importance_method: antidiagonal\n      samples: {q: ^1}",
+        f"{B}.samples.q",
+        "1 makes groups of 128 tokens, expected 4 as samples.kv does, for antidiagonals",
+    ),
 ]
 
 

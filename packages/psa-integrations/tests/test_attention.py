@@ -113,3 +113,21 @@ def test_wrong_arguments(sparse: Preset) -> None:
         PyramidAttention(sparse, GRID)(query, key, value)
     with pytest.raises(ValueError, match="key must have the 189 tokens"):
         PyramidAttention("tiny-wan/baseline", GRID)(query[:, :, 1:], key, value)
+
+
+@pytest.mark.parametrize("impl", [None, "torch", "reference"])
+def test_antidiagonal_importance(impl: str | None, make_preset: MakePreset) -> None:
+    query, key, value = make_qkv(batch=2, q_len=GRID.seq_len)
+    bounds = (0.25, 0.4, 0.6, 0.75)
+    chosen = make_preset(bounds, importance_method="antidiagonal")
+    out = PyramidAttention(chosen, GRID, impl=impl)(query, key, value)
+    exact = PyramidAttention(chosen, GRID, impl="reference")(query.double(), key.double(), value.double())
+    low = PyramidAttention(chosen, GRID, impl="reference")(query, key, value)
+    assert_within_error_budget(out, exact, low)
+    assert not torch.equal(out, PyramidAttention(make_preset(bounds), GRID, impl=impl)(query, key, value))
+
+
+def test_triton_by_name_has_no_antidiagonal_importance(make_preset: MakePreset) -> None:
+    chosen = make_preset((0.25, 0.4, 0.6, 0.75), importance_method="antidiagonal")
+    with pytest.raises(ValueError, match="impl='triton' has no antidiagonal importance, which preset test/test asks"):
+        PyramidAttention(chosen, GRID, impl="triton")

@@ -30,6 +30,7 @@ def policies(draw: st.DrawFn) -> MaskPolicy:
         block_kv=draw(st.sampled_from([4, 16])),
         skip=draw(st.sampled_from(["drop", "mean"])),
         min_full=draw(st.sampled_from([0.0, 0.3])),
+        method=draw(st.sampled_from(["sampled", "antidiagonal"])),
         reduction=draw(st.sampled_from(["max", "mean"])),
         similarity_thresholds=draw(st.none() | st.just((0.4, 0.3))),
         diagonal=draw(st.booleans()),
@@ -115,6 +116,31 @@ def test_scale_seed_and_reduction_reach_the_scores(reduction: str) -> None:
     )
     assert torch.equal(policy(query, key, scale=0.7), levels_by_threshold(importance, (0.5,)))
     assert not torch.equal(policy(query, key, scale=0.7), replace(policy, seed=6)(query, key, scale=0.7))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_antidiagonals_reach_the_scores(is_causal: bool) -> None:
+    query, key, _ = make_qkv(batch=2, q_len=75, kv_len=90, head_dim=16)
+    sizes = {"block_q": 16, "block_kv": 8, "is_causal": is_causal}
+    policy = MaskPolicy(mode="quota", bounds=(0.3, 0.6), method="antidiagonal", reduction="mean", **sizes)
+    layout = BlockLayout(75, 90, **sizes)
+    lengths = torch.tensor([90, 41])
+    options = {"method": "antidiagonal", "reduction": "mean", "scale": 0.7, "kv_lengths": lengths}
+    for changed, samples_q, samples_kv in ((policy, 4, 2), (replace(policy, samples_q=2, samples_kv=1), 2, 1)):
+        importance = block_importance(query, key, samples_q=samples_q, samples_kv=samples_kv, **options, **sizes)
+        expected = keep_full(levels_by_quota(importance, (0.3, 0.6)), layout, diagonal=is_causal)
+        levels = changed(query, key, kv_lengths=lengths, scale=0.7)
+        assert torch.equal(levels, layout.executed_levels(expected))
+        assert torch.equal(replace(changed, seed=9)(query, key, kv_lengths=lengths, scale=0.7), levels)
+    assert not torch.equal(replace(policy, method="sampled")(query, key), policy(query, key))
+
+
+@pytest.mark.parametrize("method", ["sampled", "antidiagonal"])
+def test_both_methods_find_the_blocks_that_matter(method: str) -> None:
+    partner = torch.randperm(12, generator=torch.Generator().manual_seed(4))
+    query, key = planted(partner, block=8)
+    levels = MaskPolicy(mode="threshold", bounds=(0.9,), block_q=8, block_kv=8, method=method)(query, key)
+    assert torch.equal(levels[0, 0], torch.nn.functional.one_hot(partner, 12).to(torch.int8))
 
 
 def test_cap_keeps_unlike_neighbours_apart() -> None:
@@ -257,6 +283,9 @@ def test_policies_are_values() -> None:
         ({"min_full": 2}, ValueError, r"min_full must be in \[0, 1\], got 2"),
         ({"samples_q": 129}, ValueError, r"samples_q must be at most the block's 128 tokens, got 129"),
         ({"samples_kv": 0}, ValueError, r"samples_kv must be at least 1, got 0"),
+        ({"method": "guess"}, ValueError, r"method must be one of 'sampled', 'antidiagonal', got 'guess'"),
+        ({"method": "antidiagonal", "samples_q": 48}, ValueError, r"samples_q must divide block_q 128.*got 48"),
+        ({"method": "antidiagonal", "samples_q": 16}, ValueError, r"block_q / samples_q must equal.*128 / 16 and 128"),
         ({"similarity_thresholds": ()}, ValueError, r"similarity_thresholds must hold at least one number"),
         ({"block_kv": 2, "similarity_thresholds": (0, 0)}, ValueError, r"at most log2\(block_kv\) = 1 numbers"),
         ({"protected": ((2, 1),)}, ValueError, r"protected\[0\] stop must be at least 2, got 1"),

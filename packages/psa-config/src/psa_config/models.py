@@ -147,7 +147,10 @@ class SimThresholds(_Form):
 
 
 class Samples(_Form):
-    """How many tokens of a block stand for it when importance is estimated; None is a quarter of it."""
+    """How many tokens of a block stand for it when importance is estimated; None is a quarter of it.
+
+    With antidiagonal importance, how many groups of consecutive tokens a block is cut into.
+    """
 
     q: OptionalSize = Field(default=None, description="Sampled query tokens of a block.")
     kv: OptionalSize = Field(default=None, description="Sampled key tokens of a block.")
@@ -200,6 +203,9 @@ class PyramidSparseAttention(_Form):
     skip: Literal["drop", "mean"] = Field(
         default="drop", description="What becomes of skipped blocks: nothing, or one row, their mean."
     )
+    importance_method: Literal["sampled", "antidiagonal"] = Field(
+        default="sampled", description="Importance from tokens drawn from each block, or from sums of antidiagonals."
+    )
     samples: Samples = Field(default_factory=Samples, description="Tokens sampled from a block for its importance.")
     seed: Count = Field(default=0, description="Seed of the sampling.")
 
@@ -215,9 +221,27 @@ class PyramidSparseAttention(_Form):
             for key, count, side, size in sampled
             if count is not None and count > size
         ]
+        if not problems and info.data.get("importance_method") == "antidiagonal":
+            problems = cls._uneven_groups(samples, block)
         if problems:
             raise _rule_broken(problems)
         return samples
+
+    @staticmethod
+    def _uneven_groups(samples: Samples, block: BlockSize) -> list[tuple[Path, str]]:
+        """What keeps antidiagonals from pairing groups of as many queries as keys."""
+        counts = {"q": samples.q or block.m // 4, "kv": samples.kv or block.n // 4}
+        problems: list[tuple[Path, str]] = [
+            ((key,), f"got {counts[key]}, expected a divisor of block_size.{side}, which is {size}, for antidiagonals")
+            for key, side, size in (("q", "m", block.m), ("kv", "n", block.n))
+            if size % counts[key]
+        ]
+        groups = {"q": block.m // counts["q"], "kv": block.n // counts["kv"]}
+        if not problems and groups["q"] != groups["kv"]:
+            key, other = ("q", "kv") if samples.kv is None else ("kv", "q")  # one that the file gives
+            message = f"{counts[key]} makes groups of {groups[key]} tokens, expected {groups[other]} as samples.{other}"
+            problems.append(((key,), f"{message} does, for antidiagonals"))
+        return problems
 
 
 Attention = Annotated[DenseAttention | PyramidSparseAttention, Field(discriminator="type")]

@@ -15,6 +15,16 @@ def check_impl(impl: str | None) -> None:
         checks.choice("impl", impl, checks.IMPLS)
 
 
+def check_preset(impl: str | None, preset: Preset) -> None:
+    """Raises ValueError if `impl`, asked for by name, lacks an operator that `preset` wants: before any step."""
+    attention = sparse_attention_of(preset)
+    if impl == "triton" and attention is not None and attention.importance_method == "antidiagonal":
+        raise ValueError(
+            "impl='triton' has no antidiagonal importance, which preset "
+            f"{preset.model}/{preset.name} asks for; impl=None takes Triton for all else on a GPU"
+        )
+
+
 def check_device(impl: str | None, tensor: Tensor) -> None:
     """Raises ValueError if `impl` is Triton, asked for by name, and Triton cannot run where `tensor` lies."""
     if impl == "triton":
@@ -83,7 +93,8 @@ class PyramidAttention(nn.Module):
 
     Raises:
         TypeError: if `preset` or `grid` is of another type.
-        ValueError: if nothing has the name `preset` or `impl`.
+        ValueError: if nothing has the name `preset` or `impl`, or `impl` is `"triton"` and the preset's importance
+            antidiagonal.
     """
 
     def __init__(self, preset: Preset | str, grid: VideoGrid | None = None, *, impl: str | None = None) -> None:
@@ -92,6 +103,7 @@ class PyramidAttention(nn.Module):
             raise TypeError(f"grid must be a psa_masks.VideoGrid or None, got {type(grid).__name__}")
         check_impl(impl)
         self.preset = find_preset(preset)
+        check_preset(impl, self.preset)
         self.grid = grid
         self.impl = impl
         sparse = sparse_attention_of(self.preset)

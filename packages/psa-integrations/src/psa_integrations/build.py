@@ -58,6 +58,7 @@ def mask_policy(attention: PyramidSparseAttention, grid: VideoGrid | None = None
         min_full=attention.min_full,
         samples_q=attention.samples.q,
         samples_kv=attention.samples.kv,
+        method=attention.importance_method,
         similarity_thresholds=attention.sim_thresholds.values if attention.use_sim_mask else None,
         protected=text,
         seed=attention.seed,

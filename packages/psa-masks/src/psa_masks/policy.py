@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from psa_kernels import BlockLayout, block_importance, key_similarity
-from psa_kernels.block_importance import METHODS, REDUCTIONS
+from psa_kernels.block_importance import METHODS, REDUCTIONS, group_stride
 from psa_masks import checks
 from psa_masks.constraints import cap_by_similarity, coarsest_level, keep_full, skip_to_mean
 from psa_masks.levels import levels_by_quota, levels_by_threshold
@@ -29,8 +29,10 @@ class MaskPolicy:
             level ``log2(block_kv) + 1`` (:func:`skip_to_mean`).
         min_full: at least this share of each row's blocks is level 1, in [0, 1]; in quota mode as if no bound
             were lower.
-        samples_q, samples_kv: tokens sampled from a block to score it; None is a quarter of the block.
-        method, reduction: as ``block_importance`` takes them.
+        samples_q, samples_kv: tokens sampled from a block to score it, or with ``method="antidiagonal"`` groups it
+            is cut into; None is a quarter of the block.
+        method, reduction: as ``block_importance`` takes them. ``"antidiagonal"`` wants groups of as many queries as
+            keys, and with ``impl`` None is plain torch on a GPU too.
         similarity_thresholds: for levels 2, 3, ..., see :func:`cap_by_similarity`; None or all -1 is no cap.
         protected: token ranges (start, stop) kept at level 1, see :func:`keep_full`.
         diagonal: keep block pairs with a query and a key of the same position at level 1. Always done with
@@ -39,7 +41,7 @@ class MaskPolicy:
         is_causal: queries see keys up to their own position, the last query at the last key. The map is then
             what attention executes of it: blocks in the future are skipped, kept ones that reach past the
             diagonal are level 1. In quota mode shares are still of all KV blocks, future ones too.
-        seed: names the sample drawn; equal seeds give equal maps.
+        seed: names the sample drawn; equal seeds give equal maps. Antidiagonals draw none.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
@@ -89,6 +91,9 @@ class MaskPolicy:
         checks.integer("sinks", self.sinks, 0)
         checks.choice("method", self.method, METHODS)
         checks.choice("reduction", self.reduction, REDUCTIONS)
+        if self.method == "antidiagonal":
+            samples_q, samples_kv = _samples(self.samples_q, self.block_q), _samples(self.samples_kv, self.block_kv)
+            group_stride(self.block_q, self.block_kv, samples_q, samples_kv)  # checks that they go together
         for name in ("diagonal", "is_causal"):
             checks.boolean(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

@@ -1,0 +1,1 @@
+"""Block importance from strided antidiagonals: the maths is in the README one folder up."""
