@@ -37,7 +37,10 @@ def _weigh(row_max, row_sum, query, key, scale_log2, bias, PRECISION: tl.constex
 
 @triton.jit
 def _attend_masked_tile(acc, row_max, row_sum, query, key, value, scale_log2, bias, visible, PRECISION: tl.constexpr):
-    """The same with a bias a row [1, TILE_N], for queries of which each sees what ``visible`` says."""
+    """Fold a tile [TILE_N, DIM] with a bias a row [1, TILE_N] into the running statistics.
+
+    Each query sees what ``visible`` says, and may have seen nothing yet.
+    """
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2 + bias
     logits = tl.where(visible, logits, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(logits, axis=1))
@@ -330,7 +333,6 @@ def _forward_kernel(
         pooled_key = _sequence(pooled_key_ptr, pooled_strides, batch, head // group)
         pooled_value = _sequence(pooled_value_ptr, pooled_strides, batch, head // group)
         if LARGE_LEVELS == 0:
-            start = 0
             last = tl.load(ends_ptr + 1)
             end = _whole_slots(slots_ptr, 0, last, whole_blocks, MANY) * BLOCK_KV // TILE_N * TILE_N
             acc, row_max, row_sum = _attend_small_blocks(
