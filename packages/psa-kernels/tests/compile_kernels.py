@@ -98,8 +98,6 @@ def pretend(capability, limit, compiled):
     attention.has_tensor_memory_access = lambda device: capability >= 90
     for module in (attention, importlib.import_module("psa_kernels.block_importance.triton_fwd")):
         module.shared_memory_limit = lambda device: limit
-        for value in vars(module).values():
-            getattr(value, "cache_clear", lambda: None)()  # what was chosen for another limit
 
 
 def tiles(dtype, head_dim, block_q, block_kv, is_causal):
@@ -126,7 +124,7 @@ def main() -> None:
             pretend(capability, kib * 1024, compiled)
             for blocks in ((128, 128, False), (32, 128, True), (16, 16, True)):
                 tiles(dtype, head_dim, *blocks)
-            print(f"capability {capability}, {kib} KiB: head_dim {head_dim} in {dtype} fits", flush=True)  # noqa: T201
+            print(f"capability {capability}, {kib} KiB: head_dim {head_dim} in {dtype} fits", flush=True)
         return
     pretend(capability, _SHARED_MEMORY[capability] * 1024, compiled)
     if mode == ["--tiles"]:

@@ -36,28 +36,14 @@ from psa_kernels import (
     pyramid_attention,
     rank_levels,
 )
-from psa_kernels.testing import make_qkv, random_levels
+from psa_kernels.testing import VIEWS, make_qkv, random_levels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.float32) if DEVICE == "cuda" else (torch.float16,)
 
 
-def packed(x):
-    """Rows one after the other, as copies by descriptor take them."""
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def heads_inside(x):
-    """``[B, L, H, D]`` in memory, as a projection leaves it."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def odd_address(x):
-    """Starting at an address that no descriptor takes."""
-    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
-
-
-VIEWS = (packed, heads_inside, odd_address)
+# As copies by descriptor take them, as a projection leaves them, and at an address that no descriptor takes.
+LAYOUTS = (torch.clone, VIEWS["transposed"], VIEWS["odd address"])
 # q_len, kv_len, head_dim, block_q, block_kv, is_causal, kv_lengths
 SHAPES = (
     (70, 77, 40, 32, 32, True, None),
@@ -121,10 +107,10 @@ def main() -> None:
     launches, names = watch()
     shapes = [SHAPES[int(n)] for n in sys.argv[1:]] or SHAPES
     for shape, dtype in product(shapes, DTYPES):
-        for view in VIEWS if DEVICE == "cuda" else VIEWS[-1:]:
+        for view in LAYOUTS if DEVICE == "cuda" else LAYOUTS[-1:]:
             run_all(view, dtype, *shape)
     for name in sorted(names):
-        print(f"{name}: {launches[name]} launches on {DEVICE}")  # noqa: T201
+        print(f"{name}: {launches[name]} launches on {DEVICE}")
     missing = names - set(launches)
     if missing:
         raise SystemExit(f"never launched: {', '.join(sorted(missing))}")

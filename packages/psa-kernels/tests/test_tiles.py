@@ -35,19 +35,11 @@ def limit_shared_memory(monkeypatch):
         importlib.import_module(f"psa_kernels.{x}.triton_fwd") for x in ("pyramid_attention", "block_importance")
     ]
 
-    def forget():
-        for module in modules:
-            for value in vars(module).values():
-                getattr(value, "cache_clear", lambda: None)()  # what was chosen for another limit
-
     def limit(size):
         for module in modules:
             monkeypatch.setattr(module, "shared_memory_limit", lambda device: size)
-        forget()
 
-    yield limit
-    monkeypatch.undo()
-    forget()
+    return limit
 
 
 @pytest.fixture

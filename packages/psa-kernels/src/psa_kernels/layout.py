@@ -29,6 +29,13 @@ def num_rows(kv_len: int, level: int) -> int:
     return -(-kv_len // pool_size(level))
 
 
+def existing_keys(kv_len: int, kv_lengths: Tensor | None, device: torch.device) -> Tensor:
+    """How many keys exist: int64 ``[1]``, or ``[B]`` with ``kv_lengths`` (an integer tensor ``[B]``)."""
+    if kv_lengths is None:
+        return torch.full((1,), kv_len, device=device)
+    return kv_lengths.to(torch.int64).clamp(max=kv_len)
+
+
 def row_counts(kv_len: int, level: int, kv_lengths: Tensor | None, device: torch.device) -> Tensor:
     """How many tokens each row of ``level`` covers.
 
@@ -36,11 +43,7 @@ def row_counts(kv_len: int, level: int, kv_lengths: Tensor | None, device: torch
     wholly past a sample's length count 0.
     """
     first = torch.arange(num_rows(kv_len, level), device=device) * pool_size(level)
-    if kv_lengths is None:
-        end = torch.full((1, 1), kv_len, device=device)
-    else:
-        end = kv_lengths.to(torch.int64).clamp(max=kv_len)[:, None]
-    return (end - first).clamp(min=0, max=pool_size(level))
+    return (existing_keys(kv_len, kv_lengths, device)[:, None] - first).clamp(min=0, max=pool_size(level))
 
 
 @dataclass(frozen=True)

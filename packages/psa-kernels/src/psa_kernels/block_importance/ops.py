@@ -10,6 +10,13 @@ def importance_dtype(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
+def empty_scores(query: Tensor, key: Tensor, block_q: int, block_kv: int) -> Tensor:
+    """Room for the scores ``[B, H, num_q_blocks, num_kv_blocks]``, not set."""
+    batch, heads = query.shape[:2]
+    shape = (batch, heads, -(-query.shape[2] // block_q), -(-key.shape[2] // block_kv))
+    return query.new_empty(shape, dtype=importance_dtype(query))
+
+
 def _fake(
     query: Tensor,
     key: Tensor,
@@ -23,9 +30,7 @@ def _fake(
     scale: float,
     seed: int,
 ) -> Tensor:
-    batch, heads = query.shape[:2]
-    shape = (batch, heads, -(-query.shape[2] // block_q), -(-key.shape[2] // block_kv))
-    return query.new_empty(shape, dtype=importance_dtype(query))
+    return empty_scores(query, key, block_q, block_kv)
 
 
 block_importance_op = register(

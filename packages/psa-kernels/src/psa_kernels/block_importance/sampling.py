@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from psa_kernels.layout import existing_keys
+
 _Integer = TypeVar("_Integer", int, Tensor)
 QUERY_STREAM, KEY_STREAM = 1, 2
 SEED_BITS = 30
@@ -67,7 +69,7 @@ def draw_positions(
         ``kv_lengths`` (int32 or int64 ``[B]``; what exceeds ``kv_len`` counts as that). -1 is no token.
     """
     queries = torch.full((1,), q_len, device=device)
-    keys = torch.full((1,), kv_len, device=device) if kv_lengths is None else kv_lengths.long().clamp(max=kv_len)
+    keys = existing_keys(kv_len, kv_lengths, device)
     return (
         sample_positions(queries, -(-q_len // block_q), block_q, samples_q, seed, QUERY_STREAM),
         sample_positions(keys, -(-kv_len // block_kv), block_kv, samples_kv, seed, KEY_STREAM),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from psa_kernels.block_importance.ops import importance_dtype
+from psa_kernels.block_importance.ops import empty_scores, importance_dtype
 from psa_kernels.block_importance.sampling import draw_positions
 
 _LOGITS_AT_ONCE = 1 << 23
@@ -30,7 +30,7 @@ def forward(
     dtype = importance_dtype(query)
     rows = q_positions[0].long()  # [num_q_blocks, samples_q]
     num_kv_blocks, samples_kv = kv_positions.shape[1:]
-    out = torch.empty((batch, heads, rows.shape[0], num_kv_blocks), dtype=dtype, device=query.device)
+    out = empty_scores(query, key, block_q, block_kv)
     step = max(1, _LOGITS_AT_ONCE // (rows.shape[1] * num_kv_blocks * samples_kv))
     for b in range(batch):
         columns = kv_positions[b % kv_positions.shape[0]].flatten().long()

@@ -10,7 +10,6 @@ largest logits, one over their sums, and the maxima that sums of a block are rel
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -252,10 +251,8 @@ class _Tile:
 _TILES = (_Tile(128, 64, 4, 3), _Tile(64, 64, 4, 2), _Tile(64, 32, 4, 1), _Tile(32, 32, 4, 1), _Tile(16, 16, 4, 1))
 
 
-@cache
-def _choose_tile(per_block: int, dim_tile: int, element_size: int, device: torch.device) -> _Tile | None:
+def _choose_tile(per_block: int, dim_tile: int, element_size: int, limit: int) -> _Tile | None:
     """The best tile that fits, never less than a block's samples wide."""
-    limit = shared_memory_limit(device)
     for tile in _TILES:
         wide = _Tile(tile.rows, max(tile.columns, per_block), tile.num_warps, tile.num_stages)
         if wide.shared_memory(dim_tile, element_size) <= limit:
@@ -321,11 +318,12 @@ def forward(
     scale_log2 = max(abs(scale) * _LOG2_E, _LEAST_SCALE)
     lengths = None if kv_lengths is None else kv_lengths.contiguous()
     with on_device(query):
-        tile = _choose_tile(per_block, dim_tile, query.element_size(), device)
+        limit = shared_memory_limit(device)
+        tile = _choose_tile(per_block, dim_tile, query.element_size(), limit)
         if tile is None:
             raise ValueError(
-                f"samples_kv {samples_kv} with head_dim {head_dim} in {query.dtype} do not fit the "
-                f"{shared_memory_limit(device)} bytes of shared memory of {device}; take fewer samples"
+                f"samples_kv {samples_kv} with head_dim {head_dim} in {query.dtype} do not fit the {limit} bytes of "
+                f"shared memory of {device}; take fewer samples"
             )
         tile_blocks = tile.columns // per_block
         floats = num_kv_blocks + 2 + (triton.cdiv(num_kv_blocks, tile_blocks) if is_mean else 0)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from psa_kernels.block_importance.ops import importance_dtype
+from psa_kernels.block_importance.ops import empty_scores
 from psa_kernels.registry import register
 
 
@@ -17,9 +17,7 @@ def _fake(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    batch, heads = query.shape[:2]
-    shape = (batch, heads, -(-query.shape[2] // block_q), -(-key.shape[2] // block_kv))
-    return query.new_empty(shape, dtype=importance_dtype(query))
+    return empty_scores(query, key, block_q, block_kv)
 
 
 antidiagonal_importance_op = register(

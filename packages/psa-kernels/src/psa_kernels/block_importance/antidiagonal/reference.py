@@ -5,6 +5,7 @@ from torch import Tensor
 
 from psa_kernels.block_importance.antidiagonal.groups import group_sizes
 from psa_kernels.block_importance.ops import importance_dtype
+from psa_kernels.layout import existing_keys
 
 
 def forward(
@@ -23,12 +24,12 @@ def forward(
     kv_len, group = key.shape[2], heads // key.shape[1]
     num_q_blocks, num_kv_blocks = -(-q_len // block_q), -(-kv_len // block_kv)
     blocks = (num_q_blocks, block_q // stride, num_kv_blocks, block_kv // stride)
-    lengths = torch.full((batch,), kv_len, device=device) if kv_lengths is None else kv_lengths.long().clamp(max=kv_len)
+    lengths = existing_keys(kv_len, kv_lengths, device)
     q_sizes = group_sizes(torch.tensor(q_len, device=device), blocks[0] * blocks[1], stride)
     q_last = torch.arange(len(q_sizes), device=device) * stride + q_sizes - 1
     out = []
     for b in range(batch):
-        kv_sizes = group_sizes(lengths[b], blocks[2] * blocks[3], stride)
+        kv_sizes = group_sizes(lengths[b % len(lengths)], blocks[2] * blocks[3], stride)
         kv_first = torch.arange(len(kv_sizes), device=device) * stride
         pairs = torch.minimum(q_sizes[:, None], kv_sizes[None, :])  # on the antidiagonal of each cell
         exists = pairs > 0

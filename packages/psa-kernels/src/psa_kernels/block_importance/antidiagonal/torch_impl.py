@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from psa_kernels.block_importance.antidiagonal.groups import group_sizes
-from psa_kernels.block_importance.ops import importance_dtype
+from psa_kernels.block_importance.ops import empty_scores, importance_dtype
+from psa_kernels.layout import existing_keys
 
 _LOGITS_AT_ONCE = 1 << 23
 
@@ -44,14 +45,14 @@ def forward(
     kv_len, group = key.shape[2], heads // key.shape[1]
     num_q_blocks, num_kv_blocks = -(-q_len // block_q), -(-kv_len // block_kv)
     samples_q, samples_kv = block_q // stride, block_kv // stride
-    lengths = torch.full((batch,), kv_len, device=device) if kv_lengths is None else kv_lengths.long().clamp(max=kv_len)
+    lengths = existing_keys(kv_len, kv_lengths, device)
     q_sizes = group_sizes(torch.full((), q_len, device=device), num_q_blocks * samples_q, stride)
     q_last = torch.arange(num_q_blocks * samples_q, device=device) * stride + q_sizes - 1
     kv_first = torch.arange(num_kv_blocks * samples_kv, device=device) * stride
-    out = query.new_empty((batch, heads, num_q_blocks, num_kv_blocks), dtype=importance_dtype(query))
+    out = empty_scores(query, key, block_q, block_kv)
     blocks_at_once = max(1, _LOGITS_AT_ONCE // (samples_q * num_kv_blocks * samples_kv))
     for b in range(batch):
-        kv_sizes = group_sizes(lengths[b], num_kv_blocks * samples_kv, stride)
+        kv_sizes = group_sizes(lengths[b % len(lengths)], num_kv_blocks * samples_kv, stride)
         kv_last = kv_first + kv_sizes - 1
         for h in range(heads):
             if h % group == 0:
