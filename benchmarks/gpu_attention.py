@@ -164,8 +164,8 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, cuDNN "
         f"{torch.backends.cudnn.version()}, psa-kernels {psa_kernels.__version__}. Medians, in milliseconds.",
         "Command: `nox -s bench -- gpu_attention`. The kernel's time is the card's, by CUDA's profiler; its TFLOP/s",
-        "are computed ones, 4 B H N N D density / kernel. The call is `pyramid_attention` with a plan: pooling, order of",
-        "the query blocks, the kernel, and launches. The whole op is everything from importance to attention.",
+        "are computed ones, 4 B H N N D density / kernel. The call is `pyramid_attention` with a plan: pooling, the",
+        "order of query blocks, the kernel, and launches. The whole op is everything from importance to attention.",
         "",
     ]
     for name in options.shape or SHAPES:

@@ -83,6 +83,24 @@ def _columns(first, COLUMNS: tl.constexpr, PER_BLOCK: tl.constexpr, SAMPLES_KV: 
 
 
 @triton.jit
+def _dot(query, key, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """``query @ key.T`` as the sum of ``PARTS`` products, a power of two, each over every ``PARTS``-th feature.
+
+    A product adds its terms one after another, so that its rounding grows with their number and running sum. In float32
+    that is what decides how exact a score is; summed in parts it is a fraction.
+    """
+    if PARTS == 1:
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    else:
+        HALF: tl.constexpr = query.shape[1] // 2
+        even_query, odd_query = tl.split(tl.reshape(query, (query.shape[0], HALF, 2)))
+        even_key, odd_key = tl.split(tl.reshape(key, (key.shape[0], HALF, 2)))
+        scores = _dot(even_query, even_key, PARTS // 2, PRECISION)
+        scores += _dot(odd_query, odd_key, PARTS // 2, PRECISION)
+    return scores
+
+
+@triton.jit
 def _fold_tile(
     row_max, row_sum, query, row, slot, key_ptr, kv_positions_ptr, kept_ptr, kept_max_ptr, key_strides, dim,
     first, shift, num_rows, num_kv_blocks, scale_log2,
@@ -105,7 +123,9 @@ def _fold_tile(
         key_mask = in_dim
     key_offset = position.to(tl.int64)[:, None] * key_strides[2] + dim.to(tl.int64)[None, :] * key_strides[3]
     key = tl.load(key_ptr + key_offset, mask=key_mask, other=0.0)  # [COLUMNS, DIM]
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    # A dot product of Triton's has 16 terms at least.
+    PARTS: tl.constexpr = min(8, query.shape[1] // 16) if PRECISION == "ieee" else 1
+    scores = _dot(query, key, PARTS, PRECISION)
     if HIDES:
         scores += tl.where(position >= 0, 0.0, float("-inf"))[None, :]
         if IS_CAUSAL:
@@ -249,11 +269,15 @@ class _Tile:
 
 
 _TILES = (_Tile(128, 64, 4, 3), _Tile(64, 64, 4, 2), _Tile(64, 32, 4, 1), _Tile(32, 32, 4, 1), _Tile(16, 16, 4, 1))
+# Products of float32 are unrolled into single instructions: many columns gain nothing and take long to compile.
+_FLOAT32_COLUMNS = 32
 
 
 def _choose_tile(per_block: int, dim_tile: int, element_size: int, limit: int) -> _Tile | None:
     """The best tile that fits, never less than a block's samples wide."""
     for tile in _TILES:
+        if element_size == 4 and tile.columns > _FLOAT32_COLUMNS:
+            continue
         wide = _Tile(tile.rows, max(tile.columns, per_block), tile.num_warps, tile.num_stages)
         if wide.shared_memory(dim_tile, element_size) <= limit:
             return wide
