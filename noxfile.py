@@ -29,6 +29,12 @@ def install_packages(session: nox.Session, *extra: str) -> None:
     install(session, *editable, *extra)
 
 
+def test(session: nox.Session, folder: str) -> None:
+    """Run the tests in ``folder`` that need no GPU, in a process a core, up to four."""
+    options = ("--numprocesses", "auto", "--maxprocesses", "4", "-m", "not gpu")
+    session.run("pytest", folder, *options, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
 def build_wheels(session: nox.Session, folder: Path) -> None:
     """Build sdist and wheel of every package into an empty ``folder``."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -49,7 +55,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All that CI runs: the tests across packages here, then every other check in a session of its own."""
     install_packages(session)
-    session.run("pytest", "tests", "-m", "not gpu", *session.posargs)
+    test(session, "tests")
     for package in PACKAGES:
         session.notify(f"alone({package})")
     for name in ("lint", "types", "imports", "build"):
@@ -66,7 +72,7 @@ def alone(session: nox.Session, package: str) -> None:
     wheel = next(folder.glob(f"{package.replace('-', '_')}-*.whl"))
     install(session, "--find-links", str(folder), f"{wheel}[test]")
     session.run("python", "tests/lib/alone.py", package)
-    session.run("pytest", f"packages/{package}/tests", "-m", "not gpu", *session.posargs)
+    test(session, f"packages/{package}/tests")
 
 
 @nox.session

@@ -103,6 +103,21 @@ def whole(inputs: Inputs, density: float) -> tuple[Call, float]:
     return lambda: pyramid_attention(*inputs, policy(*inputs[:2]), num_levels=policy.num_levels), executed
 
 
+def in_graph(inputs: Inputs, density: float) -> tuple[Call, float]:
+    call, executed = whole(inputs, density)
+    call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay, executed
+
+
 def kept_blocks(query: Tensor, key: Tensor, density: float) -> tuple[Tensor, Tensor]:
     """How many KV blocks each query block reads, and their numbers, followed by those of the others; int32."""
     levels = LEVEL_1[density](query, key)
@@ -178,6 +193,7 @@ for _density in DENSITIES:
         Row(report.LEVEL_1, _density, "psa", functools.partial(with_plan, LEVEL_1)),
         Row(report.PLANNED, _density, "psa", functools.partial(with_plan, PYRAMID)),
         Row(report.WHOLE, _density, "psa", whole),
+        Row(report.GRAPH, _density, "psa", in_graph),
     ]
 GROUPS = sorted({row.group for row in ROWS})
 
@@ -258,7 +274,7 @@ def page(command: str, found: list[Found]) -> str:
         "FlexAttention (compiled for each length, default options), FastVideo's VSA kernel (sm_90, blocks of 64) and",
         "level 1 alone read the same blocks: a share equal to the density, at level 1. Kernel: attention alone, its",
         "mask or block list made before. Plan given: the call with its plan, pooling included. Whole op: importance at",
-        "16 samples a block, levels, plan, pooling and attention.",
+        "16 samples a block, levels, plan, pooling and attention; in a CUDA graph, launches cost the host nothing.",
         "",
         *report.sections(found, list(DENSITIES)),
     ]
@@ -327,7 +343,7 @@ def main() -> None:
     here = [row for row in ROWS if row.group in options.group and row.group not in apart]
     measure_here(here, options.length, deadline, save)
     if report.is_always_faster(found, DENSITIES):
-        pair = [row for row in here if row.method in (report.DENSE, report.WHOLE)]
+        pair = [row for row in here if row.method in (report.DENSE, report.WHOLE, report.GRAPH)]
         measure_here(pair, [length for length in SHORTER if length < options.length[0]], deadline, save)
     for group in apart:
         save(measure_apart(group, options.length, deadline))

@@ -14,7 +14,8 @@ FASTVIDEO = "FastVideo VSA, kernel"
 LEVEL_1 = "PSA level 1 alone, plan given"
 PLANNED = "PSA, plan given"
 WHOLE = "PSA, whole op"
-METHODS = (DENSE, FLASH, FLEX, FASTVIDEO, LEVEL_1, PLANNED, WHOLE)
+GRAPH = "PSA, whole op in a CUDA graph"
+METHODS = (DENSE, FLASH, FLEX, FASTVIDEO, LEVEL_1, PLANNED, WHOLE, GRAPH)
 
 Found = dict[str, object]
 
@@ -47,9 +48,9 @@ def break_even(ratio: dict[int, float]) -> float:
     return low * (high / low) ** share
 
 
-def break_even_text(found: list[Found], density: float) -> str:
+def break_even_text(found: list[Found], density: float, method: str = WHOLE) -> str:
     """The break-even of the whole op in words."""
-    ratio = ratios(found, WHOLE, density)
+    ratio = ratios(found, method, density)
     if not ratio:
         return "not measured"
     tokens = break_even(ratio)
@@ -59,8 +60,8 @@ def break_even_text(found: list[Found], density: float) -> str:
 
 
 def is_always_faster(found: list[Found], densities: Iterable[float]) -> bool:
-    """Whether the whole op beats dense attention at every length, at one of the densities."""
-    each = (ratios(found, WHOLE, density) for density in densities)
+    """Whether the whole op beats dense attention at every length, at one of the densities, launched or in a graph."""
+    each = (ratios(found, method, density) for density in densities for method in (WHOLE, GRAPH))
     return any(ratio and break_even(ratio) == 0.0 for ratio in each)
 
 
@@ -114,7 +115,11 @@ def sections(found: list[Found], densities: list[float]) -> list[str]:
         "",
         "The whole op is faster from",
         "",
-        *[f"- density {density:.2f}: {break_even_text(found, density)}" for density in densities],
+        *[
+            f"- density {density:.2f}: {break_even_text(found, density)}, "
+            f"in a CUDA graph {break_even_text(found, density, GRAPH)}"
+            for density in densities
+        ],
         "",
         "(between the lengths measured, the ratio is taken as linear in the logarithm of the length).",
         "",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from lengths_report import DENSE, FASTVIDEO, FLASH, FLEX, PLANNED, WHOLE, Found, short, times
+from lengths_report import DENSE, FASTVIDEO, FLASH, FLEX, GRAPH, WHOLE, Found, short, times
 
 WIDTH, HEIGHT = 950, 540
 LEFT, RIGHT, TOP, BOTTOM = 62, 322, 74, 54  # margins; the right one holds the labels
@@ -21,7 +21,7 @@ SERIES = (
     ("dense", DENSE, 1.0, "dense, cuDNN"),
     ("vsa", FASTVIDEO, 0.15, "FastVideo VSA 0.15, kernel"),
     ("flex", FLEX, 0.15, "FlexAttention 0.15, kernel"),
-    ("plan", PLANNED, 0.15, "PSA 0.15, plan given"),
+    ("graph", GRAPH, 0.15, "PSA 0.15, in a CUDA graph"),
     ("ours", WHOLE, 0.15, "PSA 0.15, whole op"),
     ("less", WHOLE, 0.10, "PSA 0.10, whole op"),
 )
@@ -35,7 +35,7 @@ COLOURS = {
     "dense": ("#3d444d", "#c8d1da"),
     "vsa": ("#8250df", "#bc8cff"),
     "flex": ("#9a6700", "#d29922"),
-    "plan": ("#0969da", "#4493f8"),
+    "graph": ("#0969da", "#4493f8"),
     "ours": ("#0969da", "#4493f8"),
     "less": ("#1a7f37", "#3fb950"),
 }
@@ -44,7 +44,7 @@ text { font: 13px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 .title { font-size: 17px; font-weight: 600; }
 .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .line.ours, .line.less { stroke-width: 3.6; }
-.line.plan, .line.flash { stroke-dasharray: 6 4; }
+.line.graph, .line.flash { stroke-dasharray: 6 4; }
 .leader { fill: none; stroke-width: 1; opacity: 0.55; }
 .grid { stroke-width: 1; }
 text.ours, text.less { font-weight: 700; }

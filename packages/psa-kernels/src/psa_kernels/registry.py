@@ -4,6 +4,7 @@ An operator's folder holds one module an implementation, each with a function ``
 signature. They are imported when the operator runs: importing the package needs neither Triton nor a GPU.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ _LIBRARY = torch.library.Library("psa_kernels", "DEF")
 _MODULES = {"reference": "reference", "torch": "torch_impl", "triton": "triton_fwd"}
 
 
+@functools.cache
 def implementation(package: str, impl: str) -> Callable[..., Any]:
     """``forward`` of implementation ``impl`` of the operator in ``package``."""
     forward: Callable[..., Any] = importlib.import_module(f"{package}.{_MODULES[impl]}").forward
