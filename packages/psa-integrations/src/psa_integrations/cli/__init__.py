@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from psa_integrations.__about__ import __version__
-from psa_integrations.cli import demo, generate, presets
+from psa_integrations.cli import bench, demo, doctor, generate, presets
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,6 +17,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     demo.add_parser(commands)
     presets.add_parser(commands)
+    doctor.add_parser(commands)
+    bench.add_parser(commands)
     return parser
 
 

@@ -35,7 +35,7 @@ def load_model(
         OSError: weights or LoRA cannot be had; the message says where they were looked for.
         ValueError: no such device, a LoRA without peft installed, or a file that does not hold what it should.
     """
-    place = _device(device)
+    place = device_named(device)
     precision = DTYPES[dtype] if dtype else torch.float32 if place.type == "cpu" else torch.bfloat16
     if lora is not None:
         _check_lora(lora)
@@ -50,7 +50,12 @@ def load_model(
     return pipeline
 
 
-def _device(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """The device called `name`; None is the GPU where there is one.
+
+    Raises:
+        ValueError: torch has no such device.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
