@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from psa_integrations.__about__ import __version__
 from psa_integrations.cli import bench, demo, doctor, generate, presets
 
@@ -35,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader has gone, as `head` does: nothing is left to be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        advice = "a smaller --width, --height or --frames needs less, and so does --dtype bfloat16"
+        print(f"psa: error: out of memory: {advice}. {' '.join(str(error).split())}".rstrip(), file=sys.stderr)
         return 1
     except (OSError, ValueError, RuntimeError) as error:
         print(f"psa: error: {' '.join(str(error).split())}", file=sys.stderr)
