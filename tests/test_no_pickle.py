@@ -1,4 +1,4 @@
-"""No file of a stranger is unpickled: no pickle, no torch.load of more than weights, safetensors wherever weights load."""
+"""Nothing of a stranger is unpickled: no pickle, torch.load for weights only, safetensors wherever weights load."""
 
 import ast
 from collections.abc import Iterator
