@@ -5,10 +5,9 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 
-import diffusers
 import torch
-import transformers
 
 from psa_integrations.__about__ import __version__
 
@@ -23,8 +22,8 @@ def versions() -> dict[str, str]:
     return {
         "psa_integrations": __version__,
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
+        "diffusers": metadata.version("diffusers"),
+        "transformers": metadata.version("transformers"),
     }
 
 
@@ -40,6 +39,10 @@ def set_up_logging(*, verbose: bool, quiet: bool) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
         log.addHandler(handler)
     if quiet:
+        # Imported here because they take seconds to import.
+        import diffusers
+        import transformers
+
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
 
