@@ -25,9 +25,10 @@ def blocks(page: str, language: str) -> Iterator[str]:
         yield textwrap.dedent(block[2])
 
 
-def commands(page: str) -> Iterator[str]:
-    for block in blocks(page, "sh"):
-        yield from block.replace("\\\n", " ").splitlines()
+def commands(page: str) -> list[list[str]]:
+    """The arguments of every call of psa."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    return [words[1:] for line in lines if (words := shlex.split(line, comments=True)) and words[0] == "psa"]
 
 
 def with_blocks(language: str) -> list[str]:
@@ -47,18 +48,16 @@ def test_examples_that_need_weights_compile(page: str) -> None:
         compile(block, page, "exec")
 
 
-@pytest.mark.parametrize("page", with_blocks("sh"))
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_commands_are_understood(page: str) -> None:
-    found = list(commands(page))
-    assert found
-    for line in found:
-        program, *arguments = shlex.split(line)
-        assert program in ("psa", "pip", "nox")
-        if program == "psa":
-            build_parser().parse_args(arguments)
-        if arguments[0] == "generate" and "--presets" not in arguments:
-            options = build_parser().parse_args(arguments)
+    for arguments in commands(page):
+        options = build_parser().parse_args(arguments)
+        if arguments[0] == "generate" and options.presets is None:
             load_presets().get(MODELS[options.model].presets, options.preset)
+
+
+def test_the_quick_start_has_commands() -> None:
+    assert len(commands("quickstart.md")) >= 5
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"))

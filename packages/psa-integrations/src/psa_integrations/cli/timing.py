@@ -28,8 +28,8 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.device(device):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()
         end.record()
