@@ -118,6 +118,16 @@ def build(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The site of docs/ into site/, every link checked; `nox -s docs -- serve` shows it while writing."""
+    session.install("mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2")
+    if session.posargs == ["serve"]:
+        session.run("mkdocs", "serve", "--strict")
+    else:
+        session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need an NVIDIA GPU. Installs the newest torch, with its own Triton."""
     session.install(*(part for package in PACKAGES for part in ("--editable", f"packages/{package}[test]")))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from psa_config import Problem, load_presets
 from psa_config.__main__ import main
+from psa_config.errors import excerpt
 from psa_config.models import json_schema
 
 
@@ -18,13 +20,45 @@ def test_check_says_ok(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"{file}: ok, models: 1, presets: 2\n"
 
 
-def test_check_prints_every_error(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_every_error_with_its_line(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(form.replace("m: 128", "m: 100").replace("226", "x"))
     assert main(["check", str(file)]) == 1
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{file}:7:16: Wan.text_length: ")
-    assert second.startswith(f"{file}:14:12: Wan.attention_configs.balanced.block_size.m: ")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert lines[0].startswith(f"{file}:7:16: Wan.text_length: ")
+    assert lines[1:3] == ["    7 |   text_length: x", "      |                ^"]
+    assert lines[3].startswith(f"{file}:14:12: Wan.attention_configs.balanced.block_size.m: ")
+    assert lines[4:6] == ["    14 |         m: 100", "       |            ^"]
+    assert lines[6] == "2 errors"
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xef\xbb\xbfa: \xff", b"a: !x 1", b"\x00", b"a:\r\n  b: [\r\n", b"", b"\n\n"], ids=repr
+)
+def test_check_of_what_is_hardly_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: bytes) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_bytes(data)
+    assert main(["check", str(file)]) == 1
+    assert capsys.readouterr().out.startswith(f"{file}:")
+
+
+def test_the_caret_stands_below_its_column() -> None:
+    text = "a: 1\u2028" + "日本" + "x" * 200 + "\n"
+    assert excerpt(Problem("f", 2, 3, "", "."), text).splitlines()[1] == "  |     ^"
+    line, caret = excerpt(Problem("f", 2, 190, "", "."), text).splitlines()
+    assert len(line) <= 115
+    assert len(caret) - 1 < len(line)
+    assert excerpt(Problem("f", None, None, "", "."), text) == ""
+    assert excerpt(Problem("f", 9, 1, "", "."), text) == ""
+
+
+def test_list_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    book = load_presets()
+    assert len(lines) == len(book.models) + sum(len(book.presets(model)) for model in book.models)
+    assert "  psa_balanced (default)  The published balanced setting." in lines
 
 
 def test_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,7 +144,7 @@ def test_the_four_step_recipe_of_cogvideox(
         ("model_index.json", "[]", "model_index.json must name a pipeline of diffusers as its _class_name, got None"),
         ("model_index.json", '{"_class_name": "MyPipeline"}', "as its _class_name, got 'MyPipeline'"),
         ("model_index.json", '{"_class_name": "WanTransformer3DModel"}', "got 'WanTransformer3DModel'"),
-        ("text_encoder/model.safetensors", "no safetensors", "are damaged"),
+        ("text_encoder/model.safetensors", "no safetensors", "cannot be loaded: SafetensorError"),
     ],
 )
 def test_bad_files_among_the_weights_are_an_error_of_one_line(

@@ -1,6 +1,8 @@
 """The one exception of this package, and the words its messages are made of."""
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +10,8 @@ Path = tuple[str | int, ...]
 """Keys and list indices from the top of a file down to one value."""
 
 _LONGEST_QUOTE = 60
+_LONGEST_LINE = 110
+_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,26 @@ class PresetError(ValueError):
 
     def __reduce__(self) -> tuple[type["PresetError"], tuple[tuple[Problem, ...]]]:
         return type(self), (self.errors,)
+
+
+def excerpt(problem: Problem, text: str) -> str:
+    """The line that a problem stands in and a caret below its column; empty where it stands in no line of the text.
+
+    Args:
+        problem: of the file that the text is.
+        text: without a byte order mark. Of a long line only the part around the column is shown.
+    """
+    lines = _LINE_BREAK.split(text)
+    if problem.line is None or problem.column is None or problem.line > len(lines):
+        return ""
+    line, column = lines[problem.line - 1], problem.column - 1
+    cut = max(0, column - _LONGEST_LINE // 2) if len(line) > _LONGEST_LINE else 0
+    shown = "".join(c if c.isprintable() else " " for c in line[cut : cut + _LONGEST_LINE])
+    before = shown[: column - cut]
+    # A terminal gives the signs of some scripts two columns, and accents none of their own.
+    width = sum(2 if unicodedata.east_asian_width(c) in "WF" else int(not unicodedata.combining(c)) for c in before)
+    number = str(problem.line)
+    return f"{number} | {shown}\n{' ' * len(number)} | {' ' * width}^"
 
 
 def quote(text: str) -> str:

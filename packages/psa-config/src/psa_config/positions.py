@@ -129,7 +129,7 @@ class _Builder:
         if isinstance(event, yaml.ScalarEvent):
             if _SURROGATE.search(event.value):
                 self.stop(position, path, "half of a surrogate pair, expected whole characters")
-            node = Node(position, _resolve(event.value) if event.implicit[0] else event.value)
+            node = Node(position, resolve(event.value) if event.implicit[0] else event.value)
         elif isinstance(event, yaml.SequenceStartEvent):
             node = self._sequence(position, path, depth)
         else:
@@ -204,7 +204,8 @@ def _position(mark: Any) -> Position:
     return Position(mark.line + 1, mark.column + 1)
 
 
-def _resolve(text: str) -> Scalar:
+def resolve(text: str) -> Scalar:
+    """What an unquoted scalar stands for."""
     if text in _WORDS:
         return _WORDS[text]
     # Longer whole numbers go on as floats: int() refuses them beyond a few thousand digits.

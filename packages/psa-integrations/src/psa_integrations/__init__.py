@@ -1,5 +1,7 @@
 """Pyramid sparse attention for diffusers models, and as a module of its own."""
 
+import logging
+
 from psa_integrations.__about__ import __version__
 from psa_integrations.attention import PyramidAttention
 from psa_integrations.diffusers import (
@@ -20,3 +22,6 @@ __all__ = [
     "__version__",
     "apply_pyramid_sparse_attention",
 ]
+
+# A library leaves it to the program whether and where its log is shown.
+logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -1,11 +1,14 @@
 """The `psa` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from psa_integrations.__about__ import __version__
-from psa_integrations.cli import demo, generate
+from psa_integrations.cli import bench, demo, doctor, generate, presets
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,18 +18,31 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate.add_parser(commands)
     demo.add_parser(commands)
+    presets.add_parser(commands)
+    doctor.add_parser(commands)
+    bench.add_parser(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, 1 after an error in one line, 130 when interrupted."""
+    """Runs the command; returns the exit status: what the command's `run` returned, None being 0; 1 after an error in
+    one line, 130 when interrupted."""
     options = build_parser().parse_args(argv)
     try:
-        options.run(options)
+        status = int(options.run(options) or 0)
+        sys.stdout.flush()  # what cannot be written is known here, not in the interpreter's last breath
     except KeyboardInterrupt:
         print("psa: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader has gone, as `head` does: nothing is left to be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        advice = "a smaller --width, --height or --frames needs less, and so does --dtype bfloat16"
+        print(f"psa: error: out of memory: {advice}. {' '.join(str(error).split())}".rstrip(), file=sys.stderr)
+        return 1
     except (OSError, ValueError, RuntimeError) as error:
         print(f"psa: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    return 0
+    return status

@@ -1,13 +1,16 @@
 """`psa demo`: dense attention, the paper's preset and the tail, from one seed, compared."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from psa_config import load_presets
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
-from psa_integrations.cli.sample import Result, add_sampling_options, check_steps, chosen, sample
+from psa_integrations.cli.output import print_json, set_up_logging, versions
+from psa_integrations.cli.progress import Progress
+from psa_integrations.cli.sample import Result, add_sampling_options, check_steps, chosen, sample, settings_report
 from psa_integrations.cli.video import SMALLEST_SIDE, check_output, psnr_and_ssim, side_by_side, write_video
 
 PRESETS = ("baseline", "psa_balanced", "psa_tail")
@@ -35,6 +38,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Generates, compares and writes the videos."""
+    set_up_logging(verbose=options.verbose, quiet=options.quiet)
     spec = MODELS["tiny-wan"]
     book = load_presets()
     presets = [book.get(spec.presets, name) for name in PRESETS]
@@ -52,32 +56,50 @@ def run(options: argparse.Namespace) -> None:
     pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
 
     results = []
-    for preset in presets:
-        result = sample(pipeline, preset, options, settings)
-        write_video(result.video, options.out / f"{preset.name}.mp4", settings.fps)
-        results.append(result)
+    with Progress(len(presets) * settings.steps, quiet=options.quiet) as progress:
+        for preset in presets:
+            result = sample(pipeline, preset, options, settings, progress)
+            write_video(result.video, options.out / f"{preset.name}.mp4", settings.fps)
+            results.append(result)
     together = side_by_side([result.video for result in results], _SCALE)
     write_video(together, options.out / "side_by_side.mp4", settings.fps)
 
+    closeness = [None, *(psnr_and_ssim(result.video, results[0].video) for result in results[1:])]
+    if options.json:
+        rows = zip(PRESETS, results, closeness, strict=True)
+        videos = [_video_report(options.out, name, result, close) for name, result, close in rows]
+        together_at = str(options.out / "side_by_side.mp4")
+        settings_of_all = settings_report(options, settings)
+        print_json({**settings_of_all, "videos": videos, "side_by_side": together_at, "versions": versions()})
+        return
     print(
         f"{options.prompt!r}, seed {options.seed}: {settings.frames} frames of "
         f"{settings.width}x{settings.height}, {settings.steps} steps"
     )
-    print(comparison_table(results))
+    print(comparison_table(results, closeness))
     print(f"Videos: {', '.join(_FILES)} in {options.out}/")
 
 
-def comparison_table(results: list[Result]) -> str:
-    """A Markdown table of the results, the first of which is the dense one the others are held against."""
+def comparison_table(results: list[Result], closeness: Sequence[tuple[float, float] | None]) -> str:
+    """A Markdown table of the results; `closeness` is PSNR and SSIM to the dense one, None for itself."""
     lines = [
         "| preset       | seconds | density | PSNR (dB) | SSIM  |",
         "|--------------|---------|---------|-----------|-------|",
     ]
-    for name, result in zip(PRESETS, results, strict=True):
-        if result is results[0]:
-            psnr, ssim = "-", "-"
-        else:
-            decibel, similarity = psnr_and_ssim(result.video, results[0].video)
-            psnr, ssim = f"{decibel:.2f}", f"{similarity:.3f}"
+    for name, result, close in zip(PRESETS, results, closeness, strict=True):
+        psnr, ssim = ("-", "-") if close is None else (f"{close[0]:.2f}", f"{close[1]:.3f}")
         lines.append(f"| {name:<12} | {result.seconds:7.1f} | {result.density:7.3f} | {psnr:>9} | {ssim:>5} |")
     return "\n".join(lines)
+
+
+def _video_report(folder: Path, name: str, result: Result, close: tuple[float, float] | None) -> dict[str, object]:
+    psnr, ssim = (None, None) if close is None else close
+    return {
+        "preset": name,
+        "out": str(folder / f"{name}.mp4"),
+        "seconds": result.seconds,
+        "density": result.density,
+        "density_per_step": result.density_per_step,
+        "psnr": psnr,
+        "ssim": ssim,
+    }

@@ -8,7 +8,8 @@ from typing import Any
 from psa_config import load_presets
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS
-from psa_integrations.cli.sample import add_sampling_options, check_steps, chosen, sample
+from psa_integrations.cli.output import print_json, set_up_logging, versions
+from psa_integrations.cli.sample import add_sampling_options, check_steps, chosen, sample, settings_report
 from psa_integrations.cli.video import check_output, write_video
 
 
@@ -34,6 +35,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Generates and writes the video."""
+    set_up_logging(verbose=options.verbose, quiet=options.quiet)
     spec = MODELS[options.model]
     preset = load_presets(options.presets).get(spec.presets, options.preset)
     check_output(options.out)
@@ -48,6 +50,23 @@ def run(options: argparse.Namespace) -> None:
     result = sample(pipeline, preset, options, settings)
     write_video(result.video, options.out, settings.fps)
     frames, height, width = result.video.shape[:3]
+    if options.json:
+        report = {
+            "out": str(options.out),
+            "model": spec.name,
+            "preset": f"{preset.model}/{preset.name}",
+            **settings_report(options, settings),
+            "width": width,
+            "height": height,
+            "frames": frames,
+            "seconds": result.seconds,
+            "density": result.density,
+            "density_per_step": result.density_per_step,
+            "device": str(pipeline.device),
+            "versions": versions(),
+        }
+        print_json(report)
+        return
     print(
         f"{options.out}: {frames} frames of {width}x{height}, {preset.model}/{preset.name}, "
         f"{result.seconds:.1f} s, density {result.density:.3f}"

@@ -1,6 +1,7 @@
 """Weights to a pipeline on its device."""
 
 import json
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from packaging.version import Version
 from safetensors import SafetensorError
 
 from psa_integrations.cli.models import ModelSpec
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,22 +38,35 @@ def load_model(
         OSError: weights or LoRA cannot be had; the message says where they were looked for.
         ValueError: no such device, a LoRA without peft installed, or a file that does not hold what it should.
     """
-    place = _device(device)
+    place = device_named(device)
     precision = DTYPES[dtype] if dtype else torch.float32 if place.type == "cpu" else torch.bfloat16
+    _log.info("loading %s onto %s in %s", spec.name, place, precision)
     if lora is not None:
         _check_lora(lora)
-    if spec.hub is None:
-        from psa_integrations.tiny_wan import load_pipeline
+    try:
+        if spec.hub is None:
+            from psa_integrations.tiny_wan import load_pipeline
 
-        pipeline: Any = load_pipeline(place, precision, folder=weights)
-    else:
-        pipeline = _load_diffusers(spec, weights, precision).to(place)
+            pipeline: Any = load_pipeline(place, precision, folder=weights)
+        else:
+            pipeline = _load_diffusers(spec, weights, precision).to(place)
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    # What diffusers and transformers raise over files that are not what they should be.
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, SafetensorError) as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"the weights in {weights or spec.hub} cannot be loaded: {kind}{error}") from error
     if lora is not None:
         _load_lora(pipeline, lora)
     return pipeline
 
 
-def _device(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """The device called `name`; None is the GPU where there is one.
+
+    Raises:
+        ValueError: torch has no such device.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -77,8 +93,6 @@ def _load_diffusers(spec: ModelSpec, weights: Path | None, dtype: torch.dtype) -
             local_files_only=weights is not None,
             **{argument: precision},
         )
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {weights or spec.hub} are damaged: {error}") from error
     except OSError as error:
         if weights is not None:
             raise

@@ -1,9 +1,11 @@
 """One video from one preset: what `psa generate` and `psa demo` share."""
 
 import argparse
+import logging
 import math
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,16 +15,21 @@ from psa_config import Preset
 from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
+from psa_integrations.cli.progress import Progress
 from psa_integrations.diffusers import apply_pyramid_sparse_attention
+from psa_integrations.stats import AttentionStats
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Result:
-    """A video [F, H, W, 3] in [0, 1], the seconds it took, and the mean density of its self-attention."""
+    """A video [F, H, W, 3] in [0, 1], the seconds it took, and the density of its self-attention: mean, by step."""
 
     video: np.ndarray
     seconds: float
     density: float
+    density_per_step: list[float] = field(default_factory=list)
 
 
 def positive(text: str) -> int:
@@ -62,6 +69,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--verbose", action="store_true", help="say on stderr what is being done")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
 
 
 def chosen(options: argparse.Namespace, defaults: RunDefaults) -> RunDefaults:
@@ -85,15 +94,26 @@ def check_steps(preset: Preset, steps: int) -> None:
         )
 
 
-def sample(pipeline: Any, preset: Preset, options: argparse.Namespace, run: RunDefaults) -> Result:
+def sample(
+    pipeline: Any, preset: Preset, options: argparse.Namespace, run: RunDefaults, progress: Progress | None = None
+) -> Result:
     """Generates one video with the preset's attention; the pipeline is left as it was.
+
+    Args:
+        pipeline: of diffusers, or the tiny model's.
+        preset: of its model.
+        options: those of `add_sampling_options`, and `prompt`.
+        run: what they come to, see `chosen`.
+        progress: counts the steps; None is a bar for this run alone.
 
     Raises:
         ValueError: see `check_steps`; and what the pipeline refuses.
     """
     check_steps(preset, run.steps)
-    pipeline.set_progress_bar_config(desc=preset.name, disable=options.quiet)
-    with apply_pyramid_sparse_attention(pipeline, preset) as applied:
+    pipeline.set_progress_bar_config(disable=True)  # ours stands in for it
+    with ExitStack() as stack:
+        applied = stack.enter_context(apply_pyramid_sparse_attention(pipeline, preset))
+        bar = progress or stack.enter_context(Progress(run.steps, quiet=options.quiet))
         began = time.perf_counter()
         frames = pipeline(
             prompt=options.prompt,
@@ -105,7 +125,21 @@ def sample(pipeline: Any, preset: Preset, options: argparse.Namespace, run: RunD
             guidance_scale=run.guidance,
             generator=torch.Generator().manual_seed(options.seed),
             output_type="np",
+            callback_on_step_end=bar.run(preset.name, applied),
         ).frames[0]
         seconds = time.perf_counter() - began
-        density = applied.stats().density
-    return Result(np.asarray(frames), seconds, density)
+        stats = applied.stats()
+    _log.info("%s/%s: %.1f s, density %.3f", preset.model, preset.name, seconds, stats.density)
+    return Result(np.asarray(frames), seconds, stats.density, _per_step(stats))
+
+
+def settings_report(options: argparse.Namespace, run: RunDefaults) -> dict[str, object]:
+    """What was asked for, for JSON."""
+    return {"prompt": options.prompt, "negative_prompt": options.negative_prompt, "seed": options.seed, **asdict(run)}
+
+
+def _per_step(stats: AttentionStats) -> list[float]:
+    """Density of each step, whichever of two transformers made it."""
+    names = {entry.transformer for entry in stats.layers}
+    found = {step: value for name in names for step, value in stats.density_per_step(name).items() if step is not None}
+    return [found[step] for step in sorted(found)]

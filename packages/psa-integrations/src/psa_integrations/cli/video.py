@@ -1,11 +1,16 @@
 """Videos as arrays [F, H, W, 3] in [0, 1]: to files, side by side, and how far apart two of them are."""
 
+import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+
+_log = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 12
 """Of a video in pixels, for SSIM, whose window is 11 wide; sides are multiples of 4."""
@@ -28,14 +33,40 @@ def check_output(path: Path) -> None:
 
 
 def write_video(video: np.ndarray, path: Path, fps: int) -> None:
-    """Writes an mp4 whose final name appears only when the file is complete."""
+    """Writes an mp4 whose final name appears only when the file is complete.
+
+    Raises:
+        OSError: it could not be written whole, as on a full disk.
+    """
     from diffusers.utils import export_to_video
 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
         partial = Path(folder) / path.name
-        # A macro block of 2 is the least that the encoder's colour format allows; more would rescale.
-        export_to_video(list(video), str(partial), fps=fps, quality=9.0, macro_block_size=2)
-        partial.replace(path)
+        try:
+            # A macro block of 2 is the least that the encoder's colour format allows; more would rescale.
+            export_to_video(list(video), str(partial), fps=fps, quality=9.0, macro_block_size=2)
+            _check_complete(partial, len(video))
+            partial.replace(path)
+        except OSError as error:
+            # Below its first line an error of the encoder has all that the encoder said.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            free = shutil.disk_usage(path.parent).free
+            raise OSError(f"{path} was not written: {reason}; its disk has {free:,} bytes free") from error
+    _log.info("wrote %s", path)
+
+
+def _check_complete(partial: Path, frames: int) -> None:
+    """The encoder, a process of its own, says on a full disk what happened but not that it failed."""
+    import imageio_ffmpeg
+
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())  # some file systems find only now that they have no room
+    try:
+        written = int(imageio_ffmpeg.count_frames_and_secs(str(partial))[0])
+    except RuntimeError:
+        written = 0
+    if written != frames:
+        raise OSError(f"the encoder got {written} of {frames} frames onto the disk")
 
 
 def side_by_side(videos: Sequence[np.ndarray], scale: int) -> np.ndarray:

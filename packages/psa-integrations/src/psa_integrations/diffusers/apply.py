@@ -1,5 +1,6 @@
 """Putting a preset on a pipeline or a transformer, and taking it off again."""
 
+import logging
 import warnings
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -14,6 +15,8 @@ from psa_integrations.diffusers.adapter import Adapter
 from psa_integrations.diffusers.site import OnUnsupported, TransformerSite, UnsupportedError
 from psa_integrations.stats import AttentionStats, StatsRecorder
 from psa_integrations.steps import StepFinder
+
+_log = logging.getLogger(__name__)
 
 
 class AppliedAttention:
@@ -53,6 +56,7 @@ class AppliedAttention:
         """Puts the model back as it was: the output is bit for bit the old one. Statistics stay readable."""
         for site in self._sites:
             site.remove()
+            _log.info("%s is as it was", site.name)
         self._sites = []
 
     def __enter__(self) -> "AppliedAttention":
@@ -140,6 +144,7 @@ def apply_pyramid_sparse_attention(
             served.append(site)
     for site in served:
         site.install()
+        _log.info("%s has %s/%s", site.name, site.preset.model, site.preset.name)
     return AppliedAttention(served, finder, stats)
 
 

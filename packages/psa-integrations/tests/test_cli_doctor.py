@@ -1,0 +1,162 @@
+"""`psa doctor`: well here, and not where something is broken, missing or old."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from psa_integrations.cli import doctor, main, selftest
+from psa_integrations.cli.doctor import PACKAGES, Finding
+
+
+@pytest.fixture
+def untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the operators, which take a second."""
+    monkeypatch.setattr(doctor, "check_operators", lambda device: [])
+
+
+def findings(device: str = "cpu") -> dict[str, Finding]:
+    return {finding.name: finding for finding in doctor.examine(torch.device(device))}
+
+
+def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    assert report["device"] == "cpu"
+    found = {finding["name"]: finding for finding in report["findings"]}
+    assert {"python", "torch", "diffusers", "transformers", "device", "video"} <= set(found)
+    assert "the torch implementation runs" in found["device"]["detail"]
+    operators = [name for name in found if name.endswith(" float32")]
+    assert [name.split()[0] for name in operators] == [
+        "pool_pyramid",
+        "key_similarity",
+        "block_importance",
+        "rank_levels",
+        "LevelPlan",
+        "pyramid_attention",
+    ]
+    assert all(found[name]["detail"].startswith("torch: within") for name in operators)
+
+
+@pytest.mark.parametrize("operator", ["pool_pyramid", "key_similarity", "block_importance", "pyramid_attention"])
+def test_an_operator_that_is_a_little_wrong_is_found(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(selftest, operator)
+
+    def wrong(*args: object, impl: str | None = None, **options: object) -> object:
+        result = right(*args, impl=impl, **options)
+        if impl == "reference":
+            return result
+        if operator == "pool_pyramid":
+            return SimpleNamespace(pooled=result.pooled * 1.001)
+        return (result[0] * 1.001, result[1]) if isinstance(result, tuple) else result * 1.001
+
+    monkeypatch.setattr(selftest, operator, wrong)
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        dict(selftest._checks(torch.device("cpu"), torch.float32))[operator]()
+
+
+def test_what_fails_and_what_does_not_compile_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash() -> None:
+        raise MemoryError("out of shared memory,\nRequired: 300000")
+
+    monkeypatch.setattr(selftest, "_checks", lambda device, dtype: [("key_similarity", crash), ("LevelPlan", int)])
+    assert main(["doctor", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.endswith("1 wrong\n")
+    line = next(line for line in printed.splitlines() if line.startswith("fail"))
+    assert line.split()[1:3] == ["key_similarity", "float32"]
+    assert line.endswith("torch: MemoryError: out of shared memory, Required: 300000")
+
+
+@pytest.mark.usefixtures("untested")
+def test_versions_out_of_range_and_missing_ones_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {"torch": "2.8.0", "diffusers": None, "psa-masks": "0.2.0"}
+    needs = ["torch>=2.9", "diffusers>=0.38", "psa-masks<0.2,>=0.1", 'peft>=0.15; extra == "lora"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: needs)
+    monkeypatch.setattr(doctor, "_version", lambda name: known.get(name, "1.0"))
+    found = findings()
+    assert [found[name].status for name in ("torch", "diffusers", "psa-masks")] == ["fail"] * 3
+    assert found["torch"].detail == "2.8.0, outside >=2.9"
+    assert found["torch"].advice == "pip install 'torch>=2.9'"
+    assert found["diffusers"].detail == "not installed"
+    assert "peft" not in found
+    assert main(["doctor", "--device", "cpu"]) == 1
+    assert "3 wrong" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("untested")
+def test_sources_without_metadata_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> list[str]:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", none)
+    assert findings()["psa-integrations"].status in ("note", "ok")
+    assert not [finding for finding in findings().values() if finding.status == "fail"]
+
+
+@pytest.mark.usefixtures("untested")
+@pytest.mark.parametrize(
+    ("capability", "hip", "triton", "name", "status", "said"),
+    [
+        ((9, 0), None, True, "device", "ok", "compute capability 9.0, 80 GiB, 227 KiB of shared memory a program"),
+        ((7, 5), None, True, "gpu", "note", "below compute capability 8.0: the torch implementation runs"),
+        ((9, 4), "6.2", True, "gpu", "note", "an AMD GPU"),
+        ((9, 0), None, False, "triton", "fail", "not installed, and a GPU needs it"),
+    ],
+)
+def test_a_gpu_is_described(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    hip: str | None,
+    triton: bool,
+    name: str,
+    status: str,
+    said: str,
+) -> None:
+    card = SimpleNamespace(
+        name="A card",
+        major=capability[0],
+        minor=capability[1],
+        total_memory=80 * 2**30,
+        shared_memory_per_block_optin=227 * 1024,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(doctor, "find_spec", lambda module: object() if triton else None)
+    found = {finding.name: finding for finding in doctor._device(torch.device("cuda"))}
+    assert found[name].status == status
+    assert said in found[name].detail
+
+
+@pytest.mark.usefixtures("untested")
+def test_a_driver_without_a_torch_that_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "with CUDA" in findings()["gpu"].advice
+
+
+@pytest.mark.usefixtures("untested")
+@pytest.mark.parametrize(("version", "status"), [("0.40.1", "note"), ("0.41.0", "ok")])
+def test_an_older_diffusers_is_a_note(monkeypatch: pytest.MonkeyPatch, version: str, status: str) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: version)
+    assert next(iter(doctor._models())).status == status
+
+
+def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "abacus"]) == 1
+    assert "--device must be a device of torch" in capsys.readouterr().err
+
+
+def test_the_packages_are_the_four() -> None:
+    assert {f"{name.replace('-', '_')}" for name in PACKAGES} == {
+        "psa_kernels",
+        "psa_masks",
+        "psa_config",
+        "psa_integrations",
+    }
