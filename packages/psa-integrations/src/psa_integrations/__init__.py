@@ -1,4 +1,4 @@
-"""Pyramid sparse attention for diffusers models, and as a module of its own."""
+"""Pyramid sparse attention for diffusers and transformers models, and as a module of its own."""
 
 from psa_integrations.__about__ import __version__
 from psa_integrations.attention import PyramidAttention
@@ -9,14 +9,17 @@ from psa_integrations.diffusers import (
 )
 from psa_integrations.stats import AttentionStats, LayerStats
 from psa_integrations.steps import StepError
+from psa_integrations.transformers import RegisteredAttention, register_pyramid_attention
 
 __all__ = [
     "AppliedAttention",
     "AttentionStats",
     "LayerStats",
     "PyramidAttention",
+    "RegisteredAttention",
     "StepError",
     "UnsupportedError",
     "__version__",
     "apply_pyramid_sparse_attention",
+    "register_pyramid_attention",
 ]
