@@ -321,9 +321,6 @@ def test_wrong_arguments(build: Build, sparse: Preset, make_preset: MakePreset) 
         apply_pyramid_sparse_attention(pipeline, sparse, on_unsupported="ignore")
     with pytest.raises(ValueError, match=r"impl must be one of 'triton', .* got 'tritn'"):
         apply_pyramid_sparse_attention(pipeline, sparse, impl="tritn")
-    chosen = make_preset((1.0,) * 4, importance_method="antidiagonal")
-    with pytest.raises(ValueError, match="impl='triton' has no antidiagonal importance"):
-        apply_pyramid_sparse_attention(pipeline, chosen, impl="triton")
     with pytest.raises(ValueError, match="preset_2 is for a second transformer"):
         apply_pyramid_sparse_attention(pipeline, sparse, preset_2=sparse)
     with pytest.raises(ValueError, match=r"dense_layers must be below the 2 layers .* got \[2, 7\]"):

@@ -396,9 +396,7 @@ def test_names_stand_for_presets_of_their_own_and_are_taken_over(
         (ValueError, "must have no warmup_steps for a text model, got 15", {"preset": "Wan2.1_1.3b/psa_balanced"}),
     ],
 )
-def test_bad_arguments(
-    error: type[Exception], message: str, options: dict[str, Any], make_preset: MakePreset
-) -> None:
+def test_bad_arguments(error: type[Exception], message: str, options: dict[str, Any], make_preset: MakePreset) -> None:
     if options.pop("change", False):
         options["preset"] = make_preset((0.5, 0.5, 0.5, 0.5), use_rearrange=True)
     with pytest.raises(error, match=message):

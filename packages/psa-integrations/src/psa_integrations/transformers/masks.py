@@ -18,9 +18,9 @@ EXISTS, OF_A_QUERY = 1, 2
 def mask_maker(min_queries: int) -> Callable[..., Tensor | None]:
     """A mask function for transformers' AttentionMaskInterface.
 
-    For calls with fewer than `min_queries` queries, and for masks that are not plainly causal, it makes what `sdpa_mask`
-    makes. For others it returns None where all keys up to the last query exist and none precedes the first query, and
-    key roles elsewhere.
+    For calls with fewer than `min_queries` queries, and for masks that are not plainly causal, it makes what
+    `sdpa_mask` makes. For others it returns None where all keys up to the last query exist and none precedes the first
+    query, and key roles elsewhere.
     """
 
     def pyramid_mask(

@@ -45,8 +45,8 @@ def register_pyramid_attention(
     """Makes a preset an `attn_implementation` of transformers, for the prefill of decoders.
 
     Causal self-attention with at least `min_queries` queries runs sparse. Decoding, attention that is not causal (a
-    vision tower) and `dense_layers` are transformers' own SDPA. Padded batches, caches of any kind and prefill in chunks
-    are understood. A name registered again gets the new preset, for loaded models too.
+    vision tower) and `dense_layers` are transformers' own SDPA. Padded batches, caches of any kind and prefill in
+    chunks are understood. A name registered again gets the new preset, for loaded models too.
 
     Args:
         preset: a psa_config.Preset, or `"Model/preset"` from the shipped presets. A dense one is SDPA throughout.
@@ -55,8 +55,8 @@ def register_pyramid_attention(
         on_unsupported: what to do in a prefill with dropout, a sliding window shorter than the keys, a mask that is not
             causal with padding, other additions to the softmax, or a head_dim that the implementation lacks. `"raise"`
             raises an UnsupportedError; `"dense"` warns once and leaves it to SDPA, which itself refuses soft-capping.
-        impl: implementation of the operators, see psa_kernels.pyramid_attention. `"triton"` on tensors that are not on a
-            GPU is a ValueError of the first prefill.
+        impl: implementation of the operators, see psa_kernels.pyramid_attention. `"triton"` on tensors that are not on
+            a GPU is a ValueError of the first prefill.
 
     Returns:
         A handle: `.stats()`, `.reset_stats()`, `.preset`.
