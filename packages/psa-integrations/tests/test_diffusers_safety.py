@@ -9,7 +9,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
-from diffusers import FirstBlockCacheConfig
+from diffusers import ContextParallelConfig, FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
@@ -167,13 +167,24 @@ def test_a_mask_that_appears_inside_a_sparse_step_is_refused(
 
 
 @torch.no_grad()
-def test_context_parallelism_is_refused_or_run_dense(build: Build, sparse: Preset, wan_call: Call) -> None:
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"ring_degree": 2}, r"context parallelism by ring attention \(ring_degree 2\) never has a whole sequence"),
+        ({"ulysses_degree": 2, "ulysses_anything": True}, "with ulysses_anything cuts heads and tokens into unequal"),
+        ({"ulysses_degree": 4}, "must divide the heads, got 2 for ulysses_degree 4"),
+    ],
+)
+def test_context_parallelism_that_cannot_be_served_is_refused_or_run_dense(
+    changes: dict[str, Any], problem: str, build: Build, sparse: Preset, wan_call: Call
+) -> None:
     transformer = build("wan21").transformer
     expected = transformer(**wan_call).sample
-    transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
+    # As enable_parallelism leaves it, without the processes that it needs.
+    transformer._parallel_config = SimpleNamespace(context_parallel_config=ContextParallelConfig(**changes))
     with (
         apply_pyramid_sparse_attention(transformer, sparse),
-        pytest.raises(UnsupportedError, match="context parallelism"),
+        pytest.raises(UnsupportedError, match=problem),
     ):
         transformer(**wan_call)
     with (
