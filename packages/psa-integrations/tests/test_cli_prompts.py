@@ -31,13 +31,21 @@ def file(tmp_path: Path) -> Path:
     return file
 
 
-def test_two_processes_share_the_prompts(
-    arguments: list[str], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_share_the_prompts(arguments: list[str], file: Path, tmp_path: Path) -> None:
     """In processes of `accelerate launch`; each video is that of its prompt alone."""
     out = tmp_path / "videos"
     out.mkdir()
-    launch = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    launch = [
+        "accelerate",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "0",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "psa_integrations.cli"]
     command = [str(Path(sys.executable).with_name(launch[0])), *launch[1:], *arguments]
     ran = subprocess.run(

@@ -88,8 +88,9 @@ def apply_pyramid_sparse_attention(
             both.
         on_unsupported: what to do where a layer cannot be served: an unknown attention processor, a head_dim
             above 256, an attention mask, context parallelism other than by Ulysses on Wan, a diffusers cache
-            across dense and reordered steps. `"raise"` raises an UnsupportedError, at once where it can be known before a step;
-            `"dense"` warns once and runs dense, without statistics where nothing could be put on at all.
+            across dense and reordered steps. `"raise"` raises an UnsupportedError, at once where it can be known
+            before a step; `"dense"` warns once and runs dense, without statistics where nothing could be put on
+            at all.
         impl: implementation of the operators, see psa_kernels.pyramid_attention. `"triton"` on tensors that are
             not on a GPU is a ValueError of the first self-attention, whatever its step.
 

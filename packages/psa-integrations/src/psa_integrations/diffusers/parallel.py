@@ -1,7 +1,8 @@
 """Context parallelism of diffusers: a sequence cut over processes, put together for the sparse op.
 
-Levels are chosen from whole sequences, so the sparse op cannot run on a part of one. Ulysses gives each process all tokens
-of a part of the heads instead: one exchange before attention, one after. Layers that run dense are diffusers' own affair.
+Levels are chosen from whole sequences, so the sparse op cannot run on a part of one. Ulysses gives each process all
+tokens of a part of the heads instead: one exchange before attention, one after. Layers that run dense are diffusers'
+own affair.
 """
 
 from collections.abc import Callable
