@@ -1,8 +1,8 @@
 """A process of a transformer under context parallelism, and the same in one process.
 
 Usage: python context_parallel.py DEVICE FOLDER, with MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE set. DEVICE is
-cpu or cuda. It writes FOLDER/RANK.pt: for each case what this process found, and in that of rank 0 also what one process finds,
-in float64 and float32.
+cpu or cuda. It writes FOLDER/RANK.pt: for each case what this process found, and in that of rank 0 also what one
+process finds, in float64 and float32.
 """
 
 import os

@@ -403,6 +403,25 @@ def test_bad_arguments(error: type[Exception], message: str, options: dict[str, 
         register_pyramid_attention(**options)
 
 
+def test_an_older_transformers_is_named(sparse_preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", lambda batch_size, cache_position, **options: None)
+    with pytest.raises(RuntimeError, match=r"transformers must be as new as its mask functions .* got \d"):
+        register_pyramid_attention(sparse_preset)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", ["none", "both, and a hole"])
+def test_on_a_gpu_level_1_is_sdpa(padding: str, level_1: RegisteredAttention) -> None:
+    model = random_model(LlamaForCausalLM, LlamaConfig(**text_config(head_dim=64))).cuda().bfloat16()
+    inputs = {name: x.cuda() for name, x in prompts(padding).items()}
+    exists = inputs["attention_mask"].bool()
+    dense, ours = both(model, lambda model: model(**inputs).logits[exists])
+    model.set_attn_implementation("sdpa")
+    exact = model.double()(**inputs).logits[exists]
+    assert_within_error_budget(ours, exact, dense)
+    assert level_1.stats().density == 1.0
+
+
 def test_triton_by_name_needs_a_gpu(sparse_preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     register_pyramid_attention(sparse_preset, impl="triton")
