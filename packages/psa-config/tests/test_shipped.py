@@ -29,6 +29,7 @@ GEOMETRY = {
     "Wan2.2_5B": ((32, 32, 4), 0),
     "CogVideo1.5_5b": ((16, 16, 8), 226),
     "CogVideo_5b": ((16, 16, 4), 226),
+    "Qwen2.5-VL_7b": ((28, 28, 2), 0),
     "tiny-wan": ((4, 4, 1), 0),
 }
 
@@ -72,10 +73,20 @@ def test_tiny_wan() -> None:
     assert (attention.warmup_steps, attention.use_sim_mask, attention.skip) == (5, False, "drop")
 
 
+def test_qwen_scores_antidiagonals_and_has_the_published_similarity_cap() -> None:
+    attention = pyramid("Qwen2.5-VL_7b", "psa_balanced")
+    assert (attention.block_size.m, attention.block_size.n) == (128, 128)
+    assert (attention.importance_method, attention.samples.q, attention.samples.kv) == ("antidiagonal", 8, 8)
+    assert (attention.use_sim_mask, attention.sim_thresholds.values) == (True, (0.75, 0.7, 0.7))
+    assert (attention.mask_mode, attention.mask_ratios.bounds) == (T, (0.7, 0.8, 0.9, 0.9))
+    assert (attention.use_rearrange, attention.warmup_steps, attention.cooldown_steps) == (False, 0, 0)
+
+
 def test_every_model_and_preset_is_in_the_tables() -> None:
     book = load_presets()
     assert sorted(book.models) == sorted(GEOMETRY)
-    named = {(model, name) for model, name, *_ in PUBLISHED} | {("tiny-wan", "psa_balanced")}
+    named = {(model, name) for model, name, *_ in PUBLISHED}
+    named |= {(model, "psa_balanced") for model in ("tiny-wan", "Qwen2.5-VL_7b")}
     shipped = {(model, name) for model in book.models for name in book.presets(model)}
     assert shipped == named | {(model, name) for model in GEOMETRY for name in ("baseline", "psa_tail")}
 

@@ -125,9 +125,3 @@ def test_antidiagonal_importance(impl: str | None, make_preset: MakePreset) -> N
     low = PyramidAttention(chosen, GRID, impl="reference")(query, key, value)
     assert_within_error_budget(out, exact, low)
     assert not torch.equal(out, PyramidAttention(make_preset(bounds), GRID, impl=impl)(query, key, value))
-
-
-def test_triton_by_name_has_no_antidiagonal_importance(make_preset: MakePreset) -> None:
-    chosen = make_preset((0.25, 0.4, 0.6, 0.75), importance_method="antidiagonal")
-    with pytest.raises(ValueError, match="impl='triton' has no antidiagonal importance, which preset test/test asks"):
-        PyramidAttention(chosen, GRID, impl="triton")

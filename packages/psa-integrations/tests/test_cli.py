@@ -204,7 +204,8 @@ def test_the_outermost_seeds_work(weights: str, tmp_path: Path, seed: int) -> No
 
 def test_every_model_has_presets_and_documented_defaults() -> None:
     book = load_presets()
-    assert sorted(spec.presets for spec in MODELS.values()) == sorted(book.models)
+    no_video = {"Qwen2.5-VL_7b"}
+    assert sorted(spec.presets for spec in MODELS.values()) == sorted(set(book.models) - no_video)
     for spec in MODELS.values():
         assert {"baseline", "psa_balanced", *spec.few_steps} <= set(book.presets(spec.presets))
 

@@ -9,7 +9,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
-from diffusers import FirstBlockCacheConfig
+from diffusers import ContextParallelConfig, FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
@@ -167,13 +167,24 @@ def test_a_mask_that_appears_inside_a_sparse_step_is_refused(
 
 
 @torch.no_grad()
-def test_context_parallelism_is_refused_or_run_dense(build: Build, sparse: Preset, wan_call: Call) -> None:
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"ring_degree": 2}, r"context parallelism by ring attention \(ring_degree 2\) never has a whole sequence"),
+        ({"ulysses_degree": 2, "ulysses_anything": True}, "with ulysses_anything cuts heads and tokens into unequal"),
+        ({"ulysses_degree": 4}, "must divide the heads, got 2 for ulysses_degree 4"),
+    ],
+)
+def test_context_parallelism_that_cannot_be_served_is_refused_or_run_dense(
+    changes: dict[str, Any], problem: str, build: Build, sparse: Preset, wan_call: Call
+) -> None:
     transformer = build("wan21").transformer
     expected = transformer(**wan_call).sample
-    transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
+    # As enable_parallelism leaves it, without the processes that it needs.
+    transformer._parallel_config = SimpleNamespace(context_parallel_config=ContextParallelConfig(**changes))
     with (
         apply_pyramid_sparse_attention(transformer, sparse),
-        pytest.raises(UnsupportedError, match="context parallelism"),
+        pytest.raises(UnsupportedError, match=problem),
     ):
         transformer(**wan_call)
     with (
@@ -321,9 +332,6 @@ def test_wrong_arguments(build: Build, sparse: Preset, make_preset: MakePreset) 
         apply_pyramid_sparse_attention(pipeline, sparse, on_unsupported="ignore")
     with pytest.raises(ValueError, match=r"impl must be one of 'triton', .* got 'tritn'"):
         apply_pyramid_sparse_attention(pipeline, sparse, impl="tritn")
-    chosen = make_preset((1.0,) * 4, importance_method="antidiagonal")
-    with pytest.raises(ValueError, match="impl='triton' has no antidiagonal importance"):
-        apply_pyramid_sparse_attention(pipeline, chosen, impl="triton")
     with pytest.raises(ValueError, match="preset_2 is for a second transformer"):
         apply_pyramid_sparse_attention(pipeline, sparse, preset_2=sparse)
     with pytest.raises(ValueError, match=r"dense_layers must be below the 2 layers .* got \[2, 7\]"):

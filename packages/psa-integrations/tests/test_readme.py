@@ -21,6 +21,6 @@ def test_code_in_the_readme_runs() -> None:
 
 
 def test_code_that_needs_weights_is_valid_python() -> None:
-    assert len(blocks("py")) == 1
+    assert len(blocks("py")) == 3
     for block in blocks("py"):
         compile(block, str(README), "exec")

@@ -64,6 +64,9 @@ def counted(kernel, given, options):
     elif kernel.fn.__name__ == "_logits_kernel":
         importance = importlib.import_module("psa_kernels.block_importance.triton_fwd")
         tile = importance._Tile(given["TILE_M"], given["BLOCKS"] * given["PER_BLOCK"], **options)
+    elif kernel.fn.__name__ == "_groups_kernel":
+        importance = importlib.import_module("psa_kernels.block_importance.antidiagonal.triton_fwd")
+        tile = importance._Tile(given["TILE_M"], given["BLOCKS"] * given["PER_BLOCK"], **options)
     else:
         return None
     return tile.shared_memory(given["DIM_TILE"], given["query_ptr"].element_size())
@@ -96,7 +99,8 @@ def pretend(capability, limit, compiled):
     JITFunction.run = compile_instead(GPUTarget("cuda", capability, 32), limit, compiled)
     attention = importlib.import_module("psa_kernels.pyramid_attention.triton_fwd")
     attention.has_tensor_memory_access = lambda device: capability >= 90
-    for module in (attention, importlib.import_module("psa_kernels.block_importance.triton_fwd")):
+    importance = ("block_importance", "block_importance.antidiagonal")
+    for module in (attention, *(importlib.import_module(f"psa_kernels.{name}.triton_fwd") for name in importance)):
         module.shared_memory_limit = lambda device: limit
 
 
@@ -109,6 +113,8 @@ def tiles(dtype, head_dim, block_q, block_kv, is_causal):
     pyramid_attention(query, key, value, plan, impl="triton", **blocks)
     samples = {"samples_q": 16, "samples_kv": 16, "reduction": "mean" if is_causal else "max"}
     block_importance(query, key, impl="triton", **samples, **blocks)
+    groups = {"samples_q": block_q // 8, "samples_kv": block_kv // 8, "method": "antidiagonal"}
+    block_importance(query, key, impl="triton", **samples | groups, **blocks)
 
 
 def main() -> None:
@@ -116,7 +122,7 @@ def main() -> None:
     compiled = set()
     # Imported when an operator first runs, so they are there to be changed only after a first call.
     operators = ("pyramid_attention", "pyramid_pool", "block_importance", "key_similarity", "level_plan", "rank_levels")
-    for module in operators:
+    for module in (*operators, "block_importance.antidiagonal"):
         __import__(f"psa_kernels.{module}.triton_fwd", fromlist=["on_device"]).on_device = lambda tensor: nullcontext()
     if mode == ["--every"]:
         shapes = product((64, 99, 163, 227), (16, 32, 64, 128, 256), (torch.float16, torch.float32))
@@ -144,11 +150,13 @@ def main() -> None:
         key_similarity(key, block_kv=64, num_levels=4, **options)
         samples = {"samples_q": 16, "samples_kv": 8, "reduction": "mean" if is_causal else "max"}
         block_importance(query, key, **blocks, **samples, is_causal=is_causal, **options)
+        groups = {"samples_q": 8, "method": "antidiagonal"}
+        block_importance(query, key, **blocks, **samples | groups, is_causal=is_causal, **options)
         for row_len, counts in ((50, [1, 5, 5]), (20_000, [9])):
             rank_levels(torch.zeros(2, row_len, dtype=dtype), counts, impl="triton")
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
-    kernels = ("forward", "order", "positions", "logits", "reduce", "plan", "pool", "similarity", "rank")
-    assert compiled == {f"_{name}_kernel" for name in kernels}, compiled
+    kernels = ("forward", "order", "positions", "logits", "reduce", "groups", "scores", "plan", "pool", "similarity")
+    assert compiled == {f"_{name}_kernel" for name in (*kernels, "rank")}, compiled
 
 
 if __name__ == "__main__":

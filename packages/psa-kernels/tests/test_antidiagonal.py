@@ -22,6 +22,7 @@ CASES = {
     "one query": {"q_len": 1, "kv_len": 200},
     "one key": {"q_len": 70, "kv_len": 1},
 }
+IMPLS = ["torch", "reference", pytest.param("triton", marks=pytest.mark.interpreter)]
 METHOD = {"method": "antidiagonal"}
 BLOCKS = METHOD | {"block_q": 32, "block_kv": 32}
 
@@ -160,7 +161,7 @@ def test_how_many_logits_are_held_changes_no_score(call, at_once):
     assert_within_error_budget(parts, whole, low)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_keys_that_do_not_exist_are_not_read(impl):
     query, key, _ = make_qkv(batch=2, q_len=70, kv_len=90)
     lengths = torch.tensor([61, 90])
@@ -183,7 +184,7 @@ def test_a_group_of_one_token_is_sampled_attention_to_all(impl):
     assert_within_error_budget(score(query, key, **options), exact, low)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_finds_vertical_and_diagonal_lines(impl):
     """What antidiagonals are for: they cross an important key, and a diagonal an odd number of tokens off."""
     query = torch.ones(1, 1, 128, 16)
@@ -197,9 +198,9 @@ def test_finds_vertical_and_diagonal_lines(impl):
     assert scores.argmax(-1).tolist() == [[[3, 0, 1, 2]]]
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_large_logits_do_not_overflow(impl):
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16):
         query, key, _ = make_qkv(q_len=64, dtype=dtype)
         importance = score(query * 200, key * 200, impl=impl)
         assert importance.isfinite().all()
@@ -207,11 +208,11 @@ def test_large_logits_do_not_overflow(impl):
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_strides_do_not_matter(view):
-    query, key, _ = (VIEWS[view](x) for x in make_qkv(q_len=40, kv_len=75))
+def test_strides_do_not_matter(backend, view):
+    query, key, _ = (VIEWS[view](x) for x in make_qkv(q_len=40, kv_len=75, device=backend.device))
     exact = score(query.double(), key.double(), impl="reference")
     low = score(query, key, impl="reference")
-    assert_within_error_budget(score(query, key), exact, low)
+    assert_within_error_budget(score(query, key, impl=backend.impl), exact, low)
 
 
 def test_no_seed_and_no_random_state_counts():
@@ -245,7 +246,7 @@ def test_compiles_whole(reduction):
     assert torch.equal(run(query, key), score(query, key, **options) * 2)
 
 
-def test_unnamed_implementation_on_a_gpu_is_torch():
+def test_fakes_on_a_gpu_need_none():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -255,15 +256,53 @@ def test_unnamed_implementation_on_a_gpu_is_torch():
     assert importance.device.type == "cuda"
 
 
-@pytest.mark.gpu
+def assert_triton_is_the_oracle(backend, dtype, case, **options):
+    case = dict(case)
+    options |= {key: case.pop(key) for key in ("is_causal", "kv_lengths") if key in case}
+    if "kv_lengths" in options:
+        options["kv_lengths"] = torch.tensor(options["kv_lengths"], device=backend.device)
+    query, key, _ = make_qkv(**case, dtype=dtype, device=backend.device)
+    exact = score(query.double(), key.double(), impl="reference", **options)
+    low = score(query, key, impl="reference", **options)
+    got = score(query, key, impl="triton", **options)
+    assert got.dtype == torch.float32
+    assert_within_error_budget(got, exact, low, input_dtype=dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("reduction", ["max", "mean"])
-def test_on_a_gpu_equals_oracle(reduction):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        query, key, _ = make_qkv(batch=2, q_len=201, kv_len=333, dtype=dtype, device="cuda")
-        options = {"reduction": reduction, "is_causal": True, "kv_lengths": torch.tensor([301, 18], device="cuda")}
-        exact = score(query.double(), key.double(), impl="reference", **options)
-        low = score(query, key, impl="reference", **options)
-        assert_within_error_budget(score(query, key, **options), exact, low, input_dtype=dtype)
+def test_triton_equals_oracle(triton_backend, name, reduction):
+    sizes = ((32, 32, 4), (64, 16, 16), (16, 32, 1))
+    for dtype, (block_q, block_kv, stride) in zip(triton_backend.dtypes, sizes, strict=False):
+        blocks = {"block_q": block_q, "samples_q": block_q // stride, "block_kv": block_kv}
+        blocks |= {"samples_kv": block_kv // stride, "reduction": reduction}
+        assert_triton_is_the_oracle(triton_backend, dtype, CASES[name], **blocks)
+
+
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_triton_over_many_tiles_and_a_few_heads_at_once(triton_backend, monkeypatch, is_causal, reduction):
+    """Tiles small enough for a short sequence to have masked and unmasked ones, in every place."""
+    from psa_kernels.block_importance.antidiagonal import triton_fwd
+
+    monkeypatch.setattr(triton_fwd, "_TILES", (triton_fwd._Tile(16, 16, 4, 1),))
+    # A head is 6 query blocks of 8 groups, with 9 floats a group, or 13 for the mean: two or three heads at once.
+    monkeypatch.setattr(triton_fwd, "_FLOATS_AT_ONCE", 6 * 8 * 30)
+    case = {"batch": 2, "heads": 2, "kv_heads": 1, "q_len": 181, "kv_len": 199, "head_dim": 16}
+    case |= {"is_causal": is_causal, "kv_lengths": (199, 130)}
+    assert_triton_is_the_oracle(triton_backend, torch.float32, case, reduction=reduction)
+
+
+def test_triton_refuses_what_it_lacks(triton_backend, monkeypatch):
+    from psa_kernels.block_importance.antidiagonal import triton_fwd
+
+    query, key, _ = make_qkv(q_len=40, dtype=torch.float64, device=triton_backend.device)
+    with pytest.raises(TypeError, match=r"takes float16, bfloat16 or float32, got torch\.float64"):
+        score(query, key, impl="triton")
+    score(query.float(), key.float(), impl="triton")
+    monkeypatch.setattr(triton_fwd, "shared_memory_limit", lambda device: 999)
+    with pytest.raises(ValueError, match=r"samples_kv 8 with head_dim .* do not fit the 999 bytes"):
+        score(query.float(), key.float(), impl="triton")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +311,6 @@ def test_on_a_gpu_equals_oracle(reduction):
         (r"samples_q must divide block_q 32 with method 'antidiagonal', got 7", {"samples_q": 7}),
         (r"samples_kv must divide block_kv 32 with method 'antidiagonal', got 5", {"samples_kv": 5}),
         (r"must equal block_kv / samples_kv with .*got 32 / 8 and 32 / 4", {"samples_kv": 4}),
-        (r"impl='triton' of block_importance has method 'sampled' only, got 'antidiagonal'", {"impl": "triton"}),
         (r"impl must be one of", {"impl": "cuda"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pyramid sparse attention for diffusers models, and as a module of its own."""
+"""Pyramid sparse attention for diffusers and transformers models, and as a module of its own."""
 
 import logging
 
@@ -11,16 +11,19 @@ from psa_integrations.diffusers import (
 )
 from psa_integrations.stats import AttentionStats, LayerStats
 from psa_integrations.steps import StepError
+from psa_integrations.transformers import RegisteredAttention, register_pyramid_attention
 
 __all__ = [
     "AppliedAttention",
     "AttentionStats",
     "LayerStats",
     "PyramidAttention",
+    "RegisteredAttention",
     "StepError",
     "UnsupportedError",
     "__version__",
     "apply_pyramid_sparse_attention",
+    "register_pyramid_attention",
 ]
 
 # A library leaves it to the program whether and where its log is shown.

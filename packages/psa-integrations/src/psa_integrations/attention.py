@@ -15,16 +15,6 @@ def check_impl(impl: str | None) -> None:
         checks.choice("impl", impl, checks.IMPLS)
 
 
-def check_preset(impl: str | None, preset: Preset) -> None:
-    """Raises ValueError if `impl`, asked for by name, lacks an operator that `preset` wants: before any step."""
-    attention = sparse_attention_of(preset)
-    if impl == "triton" and attention is not None and attention.importance_method == "antidiagonal":
-        raise ValueError(
-            "impl='triton' has no antidiagonal importance, which preset "
-            f"{preset.model}/{preset.name} asks for; impl=None takes Triton for all else on a GPU"
-        )
-
-
 def check_device(impl: str | None, tensor: Tensor) -> None:
     """Raises ValueError if `impl` is Triton, asked for by name, and Triton cannot run where `tensor` lies."""
     if impl == "triton":
@@ -37,7 +27,13 @@ def check_device(impl: str | None, tensor: Tensor) -> None:
 
 
 def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, policy: MaskPolicy, *, impl: str | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    policy: MaskPolicy,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the levels that `policy` gives to the block pairs.
 
@@ -45,7 +41,8 @@ def sparse_attention(
         query: [B, H, q_len, D].
         key: [B, H_kv, kv_len, D].
         value: [B, H_kv, kv_len, D].
-        policy: decides the levels.
+        policy: decides the levels, and whether attention is causal.
+        scale: of the logits; None is 1/sqrt(D).
         impl: implementation of every operator, see psa_kernels.pyramid_attention.
 
     Where the dtypes differ, as after a norm or a rotary table kept in float32, query and key are cast to the
@@ -56,13 +53,14 @@ def sparse_attention(
         [B, H].
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
-    levels = policy(query, key, impl=impl)
+    levels = policy(query, key, scale=scale, impl=impl)
     layout = BlockLayout(
         query.shape[2],
         key.shape[2],
         block_q=policy.block_q,
         block_kv=policy.block_kv,
         num_levels=policy.num_levels,
+        is_causal=policy.is_causal,
     )
     plan = LevelPlan.from_levels(levels, layout, impl=impl)
     out = pyramid_attention(
@@ -72,6 +70,8 @@ def sparse_attention(
         plan,
         block_q=policy.block_q,
         block_kv=policy.block_kv,
+        is_causal=policy.is_causal,
+        scale=scale,
         num_levels=policy.num_levels,
         impl=impl,
     )
@@ -93,8 +93,7 @@ class PyramidAttention(nn.Module):
 
     Raises:
         TypeError: if `preset` or `grid` is of another type.
-        ValueError: if nothing has the name `preset` or `impl`, or `impl` is `"triton"` and the preset's importance
-            antidiagonal.
+        ValueError: if nothing has the name `preset` or `impl`.
     """
 
     def __init__(self, preset: Preset | str, grid: VideoGrid | None = None, *, impl: str | None = None) -> None:
@@ -103,7 +102,6 @@ class PyramidAttention(nn.Module):
             raise TypeError(f"grid must be a psa_masks.VideoGrid or None, got {type(grid).__name__}")
         check_impl(impl)
         self.preset = find_preset(preset)
-        check_preset(impl, self.preset)
         self.grid = grid
         self.impl = impl
         sparse = sparse_attention_of(self.preset)

@@ -42,7 +42,9 @@ def sparse_attention_of(preset: Preset) -> PyramidSparseAttention | None:
     return None if isinstance(preset.attention, DenseAttention) else preset.attention
 
 
-def mask_policy(attention: PyramidSparseAttention, grid: VideoGrid | None = None) -> MaskPolicy:
+def mask_policy(
+    attention: PyramidSparseAttention, grid: VideoGrid | None = None, *, is_causal: bool = False
+) -> MaskPolicy:
     """The rule that gives every block pair its level.
 
     Text tokens of `grid` are protected: read at level 1 by all, and reading everything at level 1. Without a
@@ -61,6 +63,7 @@ def mask_policy(attention: PyramidSparseAttention, grid: VideoGrid | None = None
         method=attention.importance_method,
         similarity_thresholds=attention.sim_thresholds.values if attention.use_sim_mask else None,
         protected=text,
+        is_causal=is_causal,
         seed=attention.seed,
     )
 

@@ -32,7 +32,7 @@ class MaskPolicy:
         samples_q, samples_kv: tokens sampled from a block to score it, or with ``method="antidiagonal"`` groups it
             is cut into; None is a quarter of the block.
         method, reduction: as ``block_importance`` takes them. ``"antidiagonal"`` wants groups of as many queries as
-            keys, and with ``impl`` None is plain torch on a GPU too.
+            keys.
         similarity_thresholds: for levels 2, 3, ..., see :func:`cap_by_similarity`; None or all -1 is no cap.
         protected: token ranges (start, stop) kept at level 1, see :func:`keep_full`.
         diagonal: keep block pairs with a query and a key of the same position at level 1. Always done with

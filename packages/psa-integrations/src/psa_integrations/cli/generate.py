@@ -1,14 +1,17 @@
-"""`psa generate`: one prompt, one video."""
+"""`psa generate`: a video of each prompt."""
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from psa_config import load_presets
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS
 from psa_integrations.cli.output import print_json, set_up_logging, versions
+from psa_integrations.cli.prompts import Share, numbered, read_prompts
 from psa_integrations.cli.sample import add_sampling_options, check_steps, chosen, sample, settings_report
 from psa_integrations.cli.video import check_output, write_video
 
@@ -17,11 +20,18 @@ def add_parser(commands: Any) -> None:
     """Adds the subcommand to what `add_subparsers` returned."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "generate",
-        help="generate a video from a prompt",
+        help="generate a video from a prompt, or one of each line of a file",
         description="Generates a video. Size, frames, steps and guidance default to what suits the model.",
     )
     parser.add_argument("--model", choices=tuple(MODELS), default="tiny-wan")
-    parser.add_argument("--prompt", required=True)
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt")
+    prompts.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line; --out fox.mp4 writes fox-0000.mp4, ...; under `accelerate launch` processes share them",
+    )
     parser.add_argument("--preset", help="attention preset of the model (default: the one its presets name)")
     parser.add_argument(
         "--presets", type=Path, metavar="FILE", help="YAML file of presets, instead of the shipped ones"
@@ -34,11 +44,13 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Generates and writes the video."""
+    """Generates and writes the videos."""
     set_up_logging(verbose=options.verbose, quiet=options.quiet)
     spec = MODELS[options.model]
     preset = load_presets(options.presets).get(spec.presets, options.preset)
     check_output(options.out)
+    share = Share.of()
+    prompts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
     defaults = spec.defaults
     if preset.name in spec.few_steps:
         steps, guidance = spec.few_steps[preset.name]
@@ -46,28 +58,38 @@ def run(options: argparse.Namespace) -> None:
     settings = chosen(options, defaults)
     check_steps(preset, settings.steps)
 
-    pipeline = load_model(spec, weights=options.weights, lora=options.lora, device=options.device, dtype=options.dtype)
-    result = sample(pipeline, preset, options, settings)
-    write_video(result.video, options.out, settings.fps)
-    frames, height, width = result.video.shape[:3]
-    if options.json:
-        report = {
-            "out": str(options.out),
-            "model": spec.name,
-            "preset": f"{preset.model}/{preset.name}",
-            **settings_report(options, settings),
-            "width": width,
-            "height": height,
-            "frames": frames,
-            "seconds": result.seconds,
-            "density": result.density,
-            "density_per_step": result.density_per_step,
-            "device": str(pipeline.device),
-            "versions": versions(),
-        }
-        print_json(report)
+    own = share.indices(len(prompts))
+    if not own:
         return
-    print(
-        f"{options.out}: {frames} frames of {width}x{height}, {preset.model}/{preset.name}, "
-        f"{result.seconds:.1f} s, density {result.density:.3f}"
-    )
+    device = options.device
+    if device is None and share.size > 1 and torch.cuda.is_available():
+        device = f"cuda:{share.local_rank}"
+    pipeline = load_model(spec, weights=options.weights, lora=options.lora, device=device, dtype=options.dtype)
+    for index in own:
+        out = options.out if options.prompt_file is None else numbered(options.out, index)
+        one = argparse.Namespace(**vars(options) | {"prompt": prompts[index]})
+        result = sample(pipeline, preset, one, settings)
+        write_video(result.video, out, settings.fps)
+        frames, height, width = result.video.shape[:3]
+        if options.json:
+            report = {
+                "out": str(out),
+                "model": spec.name,
+                "preset": f"{preset.model}/{preset.name}",
+                **settings_report(one, settings),
+                "width": width,
+                "height": height,
+                "frames": frames,
+                "seconds": result.seconds,
+                "density": result.density,
+                "density_per_step": result.density_per_step,
+                "device": str(pipeline.device),
+                "versions": versions(),
+            }
+            print_json(report)
+        else:
+            print(
+                f"{out}: {frames} frames of {width}x{height}, {preset.model}/{preset.name}, "
+                f"{result.seconds:.1f} s, density {result.density:.3f}",
+                flush=True,
+            )

@@ -44,6 +44,9 @@ class Adapter(ABC):
     processor_classes: tuple[type, ...]
     """The processors of the self-attention that this package can stand in for."""
 
+    context_parallel: bool = False
+    """Whether the token order can follow a sequence that diffusers has cut over several processes."""
+
     @abstractmethod
     def attentions(self, transformer: Any) -> list[Any]:
         """The self-attention modules, one a layer."""

@@ -9,7 +9,7 @@ from typing import get_args
 from torch import nn
 
 from psa_config import Preset
-from psa_integrations.attention import check_impl, check_preset
+from psa_integrations.attention import check_impl
 from psa_integrations.build import find_preset
 from psa_integrations.diffusers.adapter import Adapter
 from psa_integrations.diffusers.site import OnUnsupported, TransformerSite, UnsupportedError
@@ -91,12 +91,12 @@ def apply_pyramid_sparse_attention(
         preset_2: the preset of the second transformer (Wan 2.2 A14B); by default the same. Steps count over
             both.
         on_unsupported: what to do where a layer cannot be served: an unknown attention processor, a head_dim
-            above 256, an attention mask, context parallelism, a diffusers cache across dense and reordered
-            steps. `"raise"` raises an UnsupportedError, at once where it can be known before a step;
-            `"dense"` warns once and runs dense, without statistics where nothing could be put on at all.
+            above 256, an attention mask, context parallelism other than by Ulysses on Wan, a diffusers cache
+            across dense and reordered steps. `"raise"` raises an UnsupportedError, at once where it can be known
+            before a step; `"dense"` warns once and runs dense, without statistics where nothing could be put on
+            at all.
         impl: implementation of the operators, see psa_kernels.pyramid_attention. `"triton"` on tensors that are
-            not on a GPU is a ValueError of the first self-attention, whatever its step; with a preset of
-            antidiagonal importance, which only None, torch and the reference have, it is one at once.
+            not on a GPU is a ValueError of the first self-attention, whatever its step.
 
     Returns:
         A handle: `.stats()`, `.at_step(index, total)`, `.remove()`; a context manager.
@@ -119,7 +119,6 @@ def apply_pyramid_sparse_attention(
         adapter = _adapter(transformer)
         wanted = preset if name == "transformer" or preset_2 is None else preset_2
         found = find_preset(wanted, model=adapter.model(transformer, pipeline))
-        check_preset(impl, found)
         sites.append(
             TransformerSite(
                 name,

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from psa_config import Preset
 from psa_integrations.attention import check_device, sparse_attention
 from psa_integrations.build import mask_policy, sparse_attention_of, token_order
 from psa_integrations.diffusers.adapter import Adapter, Processor
+from psa_integrations.diffusers.parallel import parallel_problem, ulysses_of
 from psa_integrations.stats import StatsRecorder
 from psa_integrations.steps import StepFinder, is_dense_step
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
@@ -153,6 +154,12 @@ class TransformerSite:
         return sparse
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ulysses = ulysses_of(self.transformer)
+        if ulysses is None:
+            return self._attend_to_all(layer, query, key, value)
+        return ulysses.attend(query, key, value, partial(self._attend_to_all, layer))
+
+    def _attend_to_all(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         forward = self._current
         assert forward is not None
         if query.shape[2] != forward.grid.seq_len:
@@ -217,9 +224,14 @@ class TransformerSite:
         assert self._sparse is not None
         if (call.get("attention_kwargs") or {}).get("attention_mask") is not None:
             return self._supported("attention_kwargs holds an attention mask, which sparse blocks cannot follow")
-        parallel = getattr(module, "_parallel_config", None)
-        if getattr(parallel, "context_parallel_config", None) is not None:
-            return self._supported("context parallelism gives each device a part of the sequence only")
+        problem = parallel_problem(
+            module,
+            heads=self._adapter.attentions(module)[0].heads,
+            supported=self._adapter.context_parallel,
+            tokens=self._adapter.grid(module, call).seq_len,
+        )
+        if problem is not None:
+            return self._supported(problem)
         some_dense = self._sparse.warmup_steps or self._sparse.cooldown_steps
         if self._sparse.use_rearrange and some_dense and getattr(module, "is_cache_enabled", False):
             return self._supported(

@@ -8,6 +8,7 @@ from torch import Tensor, nn, stack
 from torch.utils.hooks import RemovableHandle
 
 from psa_integrations.diffusers.adapter import Adapter, Processor, SelfAttention, in_order
+from psa_integrations.diffusers.parallel import ulysses_of
 from psa_masks import TokenOrder, VideoGrid
 
 
@@ -15,6 +16,7 @@ class WanAdapter(Adapter):
     """WanTransformer3DModel: no text in its self-attention, `[batch, token]` timesteps in TI2V-5B."""
 
     processor_classes = (WanAttnProcessor,)
+    context_parallel = True
 
     def attentions(self, transformer: Any) -> list[Any]:
         return [block.attn1 for block in transformer.blocks]
@@ -47,6 +49,9 @@ class WanAdapter(Adapter):
             order = current()
             if order is None:
                 return None
+            ulysses = ulysses_of(transformer)
+            if ulysses is not None:  # diffusers has cut the table by now, and cuts the tokens after `order_tokens`
+                return tuple(ulysses.order(table, order, 1) for table in output)
             return tuple(in_order(table, order, 1, "the rotary table") for table in output)
 
         def order_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

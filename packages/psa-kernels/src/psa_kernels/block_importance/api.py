@@ -57,8 +57,7 @@ def block_importance(
         scale: of the logits; None is ``1/sqrt(D)``.
         seed: an integer that names the draw; seeds that agree in their low 30 bits name the same. Changes nothing with
             ``"antidiagonal"``.
-        impl: ``"triton"`` (``"sampled"`` only), ``"torch"`` or ``"reference"``; None is Triton on a GPU for what it
-            takes, else torch.
+        impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU, torch elsewhere.
 
     Returns:
         float32 ``[B, H, num_q_blocks, num_kv_blocks]``, at least 0 (float64 for float64 inputs). No gradient
@@ -85,10 +84,6 @@ def block_importance(
     importance: Tensor
     if method == "antidiagonal":
         stride = group_stride(block_q, block_kv, samples_q, samples_kv)
-        if impl == "triton":
-            raise ValueError(
-                "impl='triton' of block_importance has method 'sampled' only, got 'antidiagonal'; use impl='torch'"
-            )
         importance = antidiagonal_importance_op(
             query.detach(),
             key.detach(),
@@ -99,7 +94,7 @@ def block_importance(
             reduction,
             is_causal,
             logit_scale,
-            checks.resolve_impl("torch" if impl is None else impl, query),
+            checks.resolve_impl(impl, query),
         )
         return importance
 

@@ -1,0 +1,107 @@
+"""A process of a transformer under context parallelism, and the same in one process.
+
+Usage: python context_parallel.py DEVICE FOLDER, with MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE set. DEVICE is
+cpu or cuda. It writes FOLDER/RANK.pt: for each case what this process found, and in that of rank 0 also what one
+process finds, in float64 and float32.
+"""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig, WanTransformer3DModel
+
+from psa_config import BlockSize, MaskRatios, Preset, PyramidSparseAttention, VideoScale
+from psa_integrations import AppliedAttention, apply_pyramid_sparse_attention
+
+PRESET = Preset(
+    model="test",
+    name="test",
+    text_length=0,
+    video_scale=VideoScale(width_divisor=16, height_divisor=16, depth_divisor=4),
+    attention=PyramidSparseAttention(
+        type="psa",
+        use_rearrange=True,
+        block_size=BlockSize(m=32, n=32),
+        mask_ratios=MaskRatios(**{"1": (0.0, 0.25), "2": (0.25, 0.4), "4": (0.4, 0.6), "8": (0.6, 0.75)}),
+        mask_mode="topk",
+        warmup_steps=1,
+        dense_layers=(1,),
+    ),
+)
+# Which comes first, and whether each token has a timestep of its own.
+CASES = {"applied first": False, "parallel first": False, "a timestep a token": True}
+
+
+def transformer(dtype: torch.dtype, device: str) -> Any:
+    torch.manual_seed(0)
+    config = {"num_attention_heads": 4, "attention_head_dim": 24, "text_dim": 32, "ffn_dim": 32, "num_layers": 3}
+    return WanTransformer3DModel(**config).eval().requires_grad_(False).to(device, dtype)
+
+
+def inputs(timestep_a_token: bool, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """3 x 10 x 12 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(1, 16, 3, 20, 24, generator=generator), torch.randn(1, 16, 32, generator=generator)
+    timestep = torch.tensor([500])
+    if timestep_a_token:
+        timestep = torch.randint(1000, (1, 360), generator=generator)
+    return {
+        "hidden_states": latents.to(device, dtype),
+        "timestep": timestep.to(device),
+        "encoder_hidden_states": text.to(device, dtype),
+    }
+
+
+def two_steps(handle: AppliedAttention, model: Any, call: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A dense step and a sparse one, [2, ...]."""
+    outputs = []
+    for step in range(2):
+        with handle.at_step(step, 2):
+            outputs.append(model(**call, return_dict=False)[0])
+    assert handle.stats().dense_steps() == [0]
+    assert handle.stats().dense_layers() == [1]
+    assert handle.stats().density_per_step()[1] < 0.7  # a third of which is the dense layer
+    return torch.stack(outputs)
+
+
+def alone(timestep_a_token: bool, dtype: torch.dtype, device: str) -> torch.Tensor:
+    model = transformer(dtype, device)
+    with apply_pyramid_sparse_attention(model, PRESET) as handle:
+        return two_steps(handle, model, inputs(timestep_a_token, dtype, device))
+
+
+def in_parallel(case: str, size: int, device: str) -> torch.Tensor:
+    model, call = transformer(torch.float32, device), inputs(CASES[case], torch.float32, device)
+    config = ContextParallelConfig(ulysses_degree=size)
+    if case != "applied first":
+        model.enable_parallelism(config=config)
+    with apply_pyramid_sparse_attention(model, PRESET) as handle:
+        if case == "applied first":
+            model.enable_parallelism(config=config)
+        return two_steps(handle, model, call)
+
+
+def main() -> None:
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = f"cuda:{rank}" if kind == "cuda" else "cpu"
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.accelerator.device_count = lambda: 1  # diffusers divides by it
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=120))
+    found = {case: [in_parallel(case, size, device).cpu()] for case in CASES}
+    dist.destroy_process_group()
+    if rank == 0:
+        for case, timestep_a_token in CASES.items():
+            found[case] += [alone(timestep_a_token, dtype, device).cpu() for dtype in (torch.float64, torch.float32)]
+    torch.save(found, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
