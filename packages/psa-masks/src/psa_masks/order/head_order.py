@@ -1,6 +1,7 @@
 """An order of tokens for every head, made on the device from what the tokens hold."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ class HeadOrder:
 
     Attributes:
         order: the argument.
-        inverse: int64 ``[B, H, L]``; ``inverse[b, h, j]`` is the new place of original token j.
 
     Raises:
         TypeError, ValueError: ``order`` is no int64 tensor of that shape, or on the CPU no permutation.
@@ -32,13 +32,18 @@ class HeadOrder:
             raise ValueError(f"order must have shape [B, H, L], got {list(order.shape)}")
         self.order = order
         length = order.shape[2]
-        on_cpu = order.device.type == "cpu"
-        if on_cpu and not ((order >= 0) & (order < length)).all():
-            raise ValueError(f"order must hold each of 0..{length - 1} once a head, got {order[0, 0, :16].tolist()}")
-        places = torch.arange(length, device=order.device).expand_as(order)
-        self.inverse = torch.full_like(order, -1).scatter_(2, order, places)
-        if on_cpu and (self.inverse < 0).any():
-            raise ValueError(f"order must hold each of 0..{length - 1} once a head, got {order[0, 0, :16].tolist()}")
+        if order.device.type == "cpu":
+            within = bool(((order >= 0) & (order < length)).all())
+            if not within or (self.inverse < 0).any():
+                raise ValueError(
+                    f"order must hold each of 0..{length - 1} once a head, got {order[0, 0, :16].tolist()}"
+                )
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """int64 ``[B, H, L]``; ``inverse[b, h, j]`` is the new place of original token j."""
+        places = torch.arange(self.order.shape[2], device=self.order.device).expand_as(self.order)
+        return torch.full_like(self.order, -1).scatter_(2, self.order, places)
 
     def __repr__(self) -> str:
         batch, heads, length = self.order.shape
