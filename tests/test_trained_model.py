@@ -54,7 +54,7 @@ def exact():
     return video.double()
 
 
-@pytest.mark.parametrize("method", ["Gilbert", "Cube"])
+@pytest.mark.parametrize("method", ["Gilbert", "Cube", "Semantic", "Hybrid"])
 @pytest.mark.parametrize("mode", ["thresholdbound", "topk"])
 def test_every_block_at_level_1_is_dense_sampling(pipeline, dense, exact, method, mode):
     full = make_preset(FULL, rearrange_method=method, mask_mode=mode)
@@ -70,6 +70,19 @@ def test_a_sparse_preset_is_not_dense_sampling(pipeline, dense, exact, skip):
     assert video.isfinite().all()
     # Beyond what rounding explains.
     assert (video - exact).abs().max() > error_budget(exact, dense, torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("method", ["Semantic", "Hybrid"])
+def test_clusters_carry_over_from_step_to_step(pipeline, method):
+    """What the second step starts from shows in the video; a later run starts as the first did."""
+    chosen = make_preset(SPARSE, rearrange_method=method, num_clusters=9, cluster_iterations=1)
+    with apply_pyramid_sparse_attention(pipeline, chosen) as handle:
+        video, again = (sample(pipeline) for _ in range(2))
+        with handle.at_step(0):  # every step is taken for the first
+            anew, _ = sample(pipeline)
+    assert torch.equal(video[0], again[0])
+    assert video[0].isfinite().all()
+    assert not torch.equal(video[0], anew)
 
 
 @pytest.mark.parametrize("preset", [None, make_preset(SPARSE)], ids=["dense", "sparse"])

@@ -153,11 +153,14 @@ def orders(draw: st.DrawFn, *, grid: VideoGrid) -> TokenOrder:
 
 
 @st.composite
-def presets(draw: st.DrawFn, *, ends: st.SearchStrategy[tuple[float, ...]] | None = None) -> Preset:
+def presets(
+    draw: st.DrawFn, *, ends: st.SearchStrategy[tuple[float, ...]] | None = None, most_clusters: int = 1
+) -> Preset:
     """Presets of every kind, without dense steps or layers.
 
     Args:
         ends: strategy of the upper ends of levels 1 to 4; None draws any that keep something.
+        most_clusters: no more than the videos have tokens.
     """
     if ends is None:
         ends = bounds(least=4, most=4).filter(lambda drawn: drawn[-1] > 0)
@@ -166,7 +169,9 @@ def presets(draw: st.DrawFn, *, ends: st.SearchStrategy[tuple[float, ...]] | Non
         block_q=draw(st.sampled_from([32, 64])),
         block_kv=draw(st.sampled_from([32, 64])),
         use_rearrange=draw(st.booleans()),
-        rearrange_method=draw(st.sampled_from(["Gilbert", "Cube"])),
+        rearrange_method=draw(st.sampled_from(["Gilbert", "Cube", "Semantic", "Hybrid"])),
+        num_clusters=draw(st.integers(1, most_clusters)),
+        cluster_iterations=draw(st.integers(1, 2)),
         tile_size=draw(st.tuples(*[st.integers(1, 4)] * 3)),
         cubes_along=draw(st.sampled_from(["Raster", "Gilbert"])),
         mask_mode=draw(st.sampled_from(["thresholdbound", "topk"])),
@@ -181,12 +186,14 @@ def presets(draw: st.DrawFn, *, ends: st.SearchStrategy[tuple[float, ...]] | Non
     )
 
 
+@st.composite
 def stacks(
+    draw: st.DrawFn,
     *,
     ends: st.SearchStrategy[tuple[float, ...]] | None = None,
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16),
     batch: int = 2,
-) -> st.SearchStrategy[Stack]:
+) -> Stack:
     """Calls of ``PyramidAttention``: presets on small videos.
 
     Args:
@@ -194,14 +201,14 @@ def stacks(
         dtypes: of the tensors.
         batch: most samples.
     """
-    return st.builds(
-        Stack,
-        preset=presets(ends=ends),
-        grid=grids(),
-        batch=st.integers(1, batch),
-        kv_heads=st.integers(1, 2),
-        group=st.integers(1, 2),
-        head_dim=st.integers(16, 48),
-        dtype=st.sampled_from(dtypes),
-        seed=seeds(),
+    grid = draw(grids())
+    return Stack(
+        preset=draw(presets(ends=ends, most_clusters=grid.video_len)),
+        grid=grid,
+        batch=draw(st.integers(1, batch)),
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 2)),
+        head_dim=draw(st.integers(16, 48)),
+        dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(seeds()),
     )

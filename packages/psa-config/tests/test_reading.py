@@ -45,6 +45,7 @@ def test_what_is_left_out_has_a_default(load: Load, form: str) -> None:
     assert attention.block_size.tile_n == 32
     assert (attention.rearrange_method, attention.tile_size) == ("Gilbert", (2, 8, 8))
     assert attention.cubes_along == "Raster"
+    assert (attention.num_clusters, attention.cluster_iterations) == (64, 2)
     assert (attention.use_sim_mask, attention.sim_thresholds.values) == (False, (0.7, 0.65, 0.6))
     assert (attention.cooldown_steps, attention.dense_layers) == (0, ())
     assert (attention.min_full, attention.skip, attention.seed) == (0.0, "drop", 0)
@@ -73,6 +74,14 @@ def test_every_optional_key(load: Load, form: str) -> None:
     assert (attention.use_sim_mask, attention.sim_thresholds.values) == (True, (0.75, -1, 1))
     assert (attention.skip, attention.seed, attention.min_full) == ("mean", 7, 0.06)
     assert (attention.samples.q, attention.samples.kv) == (32, 16)
+
+
+def test_orders_by_cluster(load: Load, form: str) -> None:
+    for method in ("Semantic", "Hybrid"):
+        chosen = f"rearrange_method: {method}\n      num_clusters: 256\n      cluster_iterations: 1"
+        attention = pyramid(load(form.replace("warmup_steps: 12", chosen)).get("Wan"))
+        assert attention.rearrange_method == method
+        assert (attention.num_clusters, attention.cluster_iterations) == (256, 1)
 
 
 def test_importance_method(load: Load, form: str) -> None:

@@ -84,7 +84,19 @@ MISTAKES = [
         "warmup_steps: 12",
         "rearrange_method: ^gilbert",
         f"{B}.rearrange_method",
-        'got "gilbert", expected "Gilbert" or "Cube", did you mean "Gilbert"?',
+        'got "gilbert", expected "Gilbert", "Cube", "Semantic" or "Hybrid", did you mean "Gilbert"?',
+    ),
+    (
+        "warmup_steps: 12",
+        "rearrange_method: Hybrid\n      num_clusters: ^0",
+        f"{B}.num_clusters",
+        "got 0, expected a whole number of 1 or more",
+    ),
+    (
+        "warmup_steps: 12",
+        "cluster_iterations: ^2.5",
+        f"{B}.cluster_iterations",
+        "got 2.5, expected a whole number of 1 or more",
     ),
     (
         "warmup_steps: 12",

@@ -17,6 +17,17 @@ GRID = VideoGrid(frames=3, height=7, width=9)
 WITH_TEXT = VideoGrid(frames=3, height=7, width=9, text=16, text_first=True)
 
 
+@pytest.mark.parametrize("method", ["Semantic", "Hybrid"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_every_block_at_level_1_is_sdpa_by_clusters(method: str, kv_heads: int, make_preset: MakePreset) -> None:
+    query, key, value = make_qkv(batch=2, kv_heads=kv_heads, q_len=WITH_TEXT.seq_len)
+    attention = PyramidAttention(make_preset((1.0,) * 4, rearrange_method=method, num_clusters=20), WITH_TEXT)
+    exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), enable_gqa=True)
+    low = scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    for step in (None, 0, 1):
+        assert_within_error_budget(attention(query, key, value, step=step), exact, low)
+
+
 @pytest.mark.parametrize("grid", [None, GRID, WITH_TEXT], ids=["no grid", "video", "text and video"])
 @pytest.mark.parametrize("rearrange", [True, False])
 def test_every_block_at_level_1_is_sdpa(grid: VideoGrid | None, rearrange: bool, make_preset: MakePreset) -> None:
@@ -40,10 +51,12 @@ def test_levels_follow_the_token_order(sparse: Preset, make_preset: MakePreset) 
     assert torch.equal(PyramidAttention(sparse)(query, key, value), unordered(query, key, value))
 
 
-def test_text_of_the_grid_attends_exactly(sparse: Preset) -> None:
+@pytest.mark.parametrize("method", ["Gilbert", "Semantic", "Hybrid"])
+def test_text_of_the_grid_attends_exactly(method: str, make_preset: MakePreset) -> None:
     query, key, value = make_qkv(batch=2, q_len=WITH_TEXT.seq_len)
     start, stop = WITH_TEXT.text_range
-    out = PyramidAttention(sparse, WITH_TEXT)(query, key, value)[:, :, start:stop]
+    chosen = make_preset((0.25, 0.4, 0.6, 0.75), rearrange_method=method, num_clusters=20)
+    out = PyramidAttention(chosen, WITH_TEXT)(query, key, value)[:, :, start:stop]
     exact = scaled_dot_product_attention(query.double(), key.double(), value.double())[:, :, start:stop]
     low = scaled_dot_product_attention(query, key, value)[:, :, start:stop]
     assert_within_error_budget(out, exact, low)
@@ -99,9 +112,11 @@ def test_triton_on_an_old_gpu_is_an_error(sparse: Preset, monkeypatch: pytest.Mo
         PyramidAttention(sparse, GRID, impl="triton")(*make_qkv(batch=2, q_len=GRID.seq_len))
 
 
-def test_wrong_arguments(sparse: Preset) -> None:
+def test_wrong_arguments(sparse: Preset, make_preset: MakePreset) -> None:
     with pytest.raises(TypeError, match=r"grid must be a psa_masks.VideoGrid or None, got tuple"):
         PyramidAttention(sparse, (3, 7, 9))
+    with pytest.raises(ValueError, match=r"num_clusters must be at most the 189 video tokens of VideoGrid.*got 190"):
+        PyramidAttention(make_preset((1.0,) * 4, rearrange_method="Hybrid", num_clusters=190), WITH_TEXT)
     with pytest.raises(ValueError, match="preset must name its model"):
         PyramidAttention("psa_balanced")
     with pytest.raises(ValueError, match="no_such_preset"):

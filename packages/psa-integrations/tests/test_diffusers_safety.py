@@ -264,10 +264,14 @@ def test_compiled_models_are_refused(build: Build, sparse: Preset) -> None:
         apply_pyramid_sparse_attention(transformer, sparse)
 
 
+@pytest.mark.parametrize("method", ["Gilbert", "Semantic"])
 @torch.no_grad()
-def test_compiling_after_apply_changes_no_step(build: Build, make_preset: MakePreset, wan_call: Call) -> None:
+def test_compiling_after_apply_changes_no_step(
+    method: str, build: Build, make_preset: MakePreset, wan_call: Call
+) -> None:
     transformer = build("wan21").transformer
-    with apply_pyramid_sparse_attention(transformer, make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1)) as handle:
+    sparse = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1, rearrange_method=method, num_clusters=9)
+    with apply_pyramid_sparse_attention(transformer, sparse) as handle:
         compiled = torch.compile(transformer, backend="eager")
         for step in range(3):
             with handle.at_step(step, 3):

@@ -27,6 +27,7 @@ from psa_kernels import (
     LevelPlan,
     block_importance,
     key_similarity,
+    kmeans,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -122,7 +123,8 @@ def main() -> None:
     compiled = set()
     # Imported when an operator first runs, so they are there to be changed only after a first call.
     operators = ("pyramid_attention", "pyramid_pool", "block_importance", "key_similarity", "level_plan", "rank_levels")
-    for module in (*operators, "block_importance.antidiagonal"):
+    operators += ("kmeans", "block_importance.antidiagonal")
+    for module in operators:
         __import__(f"psa_kernels.{module}.triton_fwd", fromlist=["on_device"]).on_device = lambda tensor: nullcontext()
     if mode == ["--every"]:
         shapes = product((64, 99, 163, 227), (16, 32, 64, 128, 256), (torch.float16, torch.float32))
@@ -148,6 +150,7 @@ def main() -> None:
         LevelPlan.from_levels(random_levels(layout), layout, impl="triton")
         pool_pyramid(key, block_kv=64, num_levels=7, **options)
         key_similarity(key, block_kv=64, num_levels=4, **options)
+        kmeans(key, 5, num_iterations=1, impl="triton")
         samples = {"samples_q": 16, "samples_kv": 8, "reduction": "mean" if is_causal else "max"}
         block_importance(query, key, **blocks, **samples, is_causal=is_causal, **options)
         groups = {"samples_q": 8, "method": "antidiagonal"}
@@ -155,8 +158,22 @@ def main() -> None:
         for row_len, counts in ((50, [1, 5, 5]), (20_000, [9])):
             rank_levels(torch.zeros(2, row_len, dtype=dtype), counts, impl="triton")
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
-    kernels = ("forward", "order", "positions", "logits", "reduce", "groups", "scores", "plan", "pool", "similarity")
-    assert compiled == {f"_{name}_kernel" for name in (*kernels, "rank")}, compiled
+    kernels = (
+        "forward",
+        "order",
+        "positions",
+        "logits",
+        "reduce",
+        "groups",
+        "scores",
+        "plan",
+        "pool",
+        "similarity",
+        "rank",
+        "assign",
+        "mean",
+    )
+    assert compiled == {f"_{name}_kernel" for name in kernels}, compiled
 
 
 if __name__ == "__main__":

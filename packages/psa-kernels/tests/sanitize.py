@@ -32,6 +32,7 @@ from psa_kernels import (
     LevelPlan,
     block_importance,
     key_similarity,
+    kmeans,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -92,6 +93,7 @@ def run_all(view, dtype, q_len, kv_len, head_dim, block_q, block_kv, is_causal, 
         pool_pyramid(key, block_kv=block_kv, num_levels=num_levels, **options).pooled,
         key_similarity(key, block_kv=block_kv, num_levels=num_levels, **options),
     ]
+    results += kmeans(query, min(q_len, 5), num_iterations=1, impl="triton")
     for reduction in ("max", "mean"):
         samples = {"samples_q": 7, "samples_kv": 5, "reduction": reduction}
         results.append(block_importance(query, key, **samples, **blocks, **options))

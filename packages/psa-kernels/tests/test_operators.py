@@ -14,6 +14,7 @@ from psa_kernels import (
     block_importance,
     checks,
     key_similarity,
+    kmeans,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -34,6 +35,7 @@ def test_fakes_describe_the_results():
         (ops.level_plan, (plan.to_levels(), 6, "torch")),
         (ops.pyramid_pool, (key, LENGTHS, 5, "torch")),
         (ops.key_similarity, (key, None, 32, 4, "torch")),
+        (ops.kmeans, (key, key[:, :, ::9].float(), 2, "torch")),
         (ops.block_importance, (query, key, LENGTHS, 32, 16, 8, 8, "max", False, 0.1, 5, "torch")),
         (ops.block_importance, (query, key, None, 32, 16, 8, 8, "mean", True, 0.1, 0, "torch")),
         (
@@ -50,12 +52,13 @@ def pipeline(query, key, value, kv_lengths, impl=None):
     scores = block_importance(query, key, samples_q=8, samples_kv=8, kv_lengths=kv_lengths, **blocks)
     similarity = key_similarity(key, block_kv=32, num_levels=3, impl=impl)
     coarse = pool_pyramid(key, block_kv=32, num_levels=3, impl=impl).level(3)
+    clusters = kmeans(key, 5, num_iterations=2, impl=impl)
     kept = scores.shape[-1] // 2
     levels = rank_levels(scores, [kept, kept, 2 * kept], impl=impl)
     out, lse = pyramid_attention(query, key, value, levels, kv_lengths=kv_lengths, return_lse=True, **blocks)
     plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], block_q=32, block_kv=32), impl=impl)
     planned = pyramid_attention(query, key, value, plan, kv_lengths=kv_lengths, **blocks)
-    return out, lse, similarity, coarse, planned, plan.density()
+    return out, lse, similarity, coarse, *clusters, planned, plan.density()
 
 
 def test_compiles_whole():

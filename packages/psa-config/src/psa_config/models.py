@@ -184,14 +184,20 @@ class PyramidSparseAttention(_Form):
     warmup_steps: Count = Field(default=0, description="Dense denoising steps at the start.")
     cooldown_steps: Count = Field(default=0, description="Dense denoising steps at the end.")
     dense_layers: tuple[Count, ...] = Field(default=(), description="Layers that stay dense, from 0.")
-    rearrange_method: Literal["Gilbert", "Cube"] = Field(
-        default="Gilbert", description="Along a Hilbert-like curve, or by cubes of tile_size."
+    rearrange_method: Literal["Gilbert", "Cube", "Semantic", "Hybrid"] = Field(
+        default="Gilbert",
+        description="Along a Hilbert-like curve (Gilbert), by cubes of tile_size (Cube), by k-means of queries and of "
+        "keys in every layer (Semantic), or queries along the curve and keys by k-means (Hybrid).",
     )
     tile_size: tuple[Size, Size, Size] = Field(
         default=(2, 8, 8), description="Frames, rows and columns of tokens in a cube."
     )
     cubes_along: Literal["Raster", "Gilbert"] = Field(
         default="Raster", description="How cubes follow one another: row by row, or along the Hilbert-like curve."
+    )
+    num_clusters: Size = Field(default=64, description="Clusters of a head's tokens, with Semantic and Hybrid.")
+    cluster_iterations: Size = Field(
+        default=2, description="Iterations of k-means a step, from the clusters of the step before."
     )
     use_sim_mask: bool = Field(default=False, description="Whether sim_thresholds cap the levels.")
     sim_thresholds: SimThresholds = Field(default=SimThresholds(), description="Similarity a block needs to be pooled.")

@@ -1,12 +1,15 @@
 """Pyramid sparse attention as one call: importance, levels, plan, attention."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from psa_config import Preset
-from psa_integrations.build import find_preset, mask_policy, sparse_attention_of, token_order
+from psa_integrations.build import cluster_orders, find_preset, mask_policy, sparse_attention_of, token_order
 from psa_kernels import BlockLayout, LevelPlan, checks, pyramid_attention
-from psa_masks import MaskPolicy, VideoGrid
+from psa_masks import AttentionOrder, MaskPolicy, VideoGrid
 
 
 def check_impl(impl: str | None) -> None:
@@ -33,6 +36,7 @@ def sparse_attention(
     policy: MaskPolicy,
     *,
     scale: float | None = None,
+    order: Callable[[Tensor, Tensor], AttentionOrder] | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the levels that `policy` gives to the block pairs.
@@ -43,6 +47,8 @@ def sparse_attention(
         value: [B, H_kv, kv_len, D].
         policy: decides the levels, and whether attention is causal.
         scale: of the logits; None is 1/sqrt(D).
+        order: gives the order of queries and that of keys and values, from the two; the output is in that of the
+            caller. None leaves all as it comes.
         impl: implementation of every operator, see psa_kernels.pyramid_attention.
 
     Where the dtypes differ, as after a norm or a rotary table kept in float32, query and key are cast to the
@@ -51,8 +57,17 @@ def sparse_attention(
     Returns:
         The output [B, H, q_len, D] in the dtype of value, and the density of what was executed, float32
         [B, H].
+
+    Raises:
+        ValueError: if there is an `order` and `policy` is causal: a key's place would no longer say who may see it.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
+    orders = None
+    if order is not None:
+        if policy.is_causal:
+            raise ValueError("policy must not be causal where tokens are reordered, got is_causal True")
+        orders = order(query, key)
+        query, key, value = orders.apply(query, key, value)
     levels = policy(query, key, scale=scale, impl=impl)
     layout = BlockLayout(
         query.shape[2],
@@ -76,7 +91,7 @@ def sparse_attention(
         impl=impl,
     )
     assert isinstance(out, Tensor)
-    return out, plan.density()
+    return out if orders is None else orders.undo(out), plan.density()
 
 
 class PyramidAttention(nn.Module):
@@ -88,12 +103,14 @@ class PyramidAttention(nn.Module):
             to follow: a lone module knows neither its step nor its layer.
         grid: how the sequence lies in space and time. With it, text tokens are protected, and a preset with
             `use_rearrange` puts query, key and value in its token order and the output back in the caller's.
-            Without it, tokens are taken in the order they come in.
+            Without it, tokens are taken in the order they come in. Clusters are those of one layer: with a preset that
+            orders by them, give each layer a module of its own.
         impl: implementation of the operators, see psa_kernels.pyramid_attention.
 
     Raises:
         TypeError: if `preset` or `grid` is of another type.
-        ValueError: if nothing has the name `preset` or `impl`.
+        ValueError: if nothing has the name `preset` or `impl`, or `grid` has fewer video tokens than the preset
+            clusters.
     """
 
     def __init__(self, preset: Preset | str, grid: VideoGrid | None = None, *, impl: str | None = None) -> None:
@@ -107,14 +124,17 @@ class PyramidAttention(nn.Module):
         sparse = sparse_attention_of(self.preset)
         self._policy = None if sparse is None else mask_policy(sparse, grid)
         self._order = None if sparse is None or grid is None else token_order(sparse, grid)
+        self._clusters = None if sparse is None or grid is None else cluster_orders(sparse, grid, base=self._order)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, step: int | None = None) -> Tensor:
         """Attend.
 
         Args:
             query: [B, H, q_len, D].
             key: [B, H_kv, kv_len, D], H_kv a divisor of H.
             value: [B, H_kv, kv_len, D].
+            step: the denoising step, from 0, for presets with orders by cluster: k-means then starts from the clusters
+                of the step before, and anew where steps start again. None starts anew in every call.
 
         Returns:
             [B, H, q_len, D] in the dtype of `value`, to which query and key are cast where they differ.
@@ -137,10 +157,16 @@ class PyramidAttention(nn.Module):
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         check_device(self.impl, query)
+        out, _ = sparse_attention(query, key, value, self._policy, order=self._orders_at(step), impl=self.impl)
+        return out
+
+    def _orders_at(self, step: int | None) -> Callable[[Tensor, Tensor], AttentionOrder] | None:
+        if self._clusters is not None:
+            return partial(self._clusters, step=step, impl=self.impl)
         if self._order is not None:
-            query, key, value = (self._order.apply(tensor, 2) for tensor in (query, key, value))
-        out, _ = sparse_attention(query, key, value, self._policy, impl=self.impl)
-        return out if self._order is None else self._order.undo(out, 2)
+            order = AttentionOrder(query=self._order, key=self._order)
+            return lambda query, key: order
+        return None
 
     def extra_repr(self) -> str:
         return f"preset={self.preset.model}/{self.preset.name}, grid={self.grid}"

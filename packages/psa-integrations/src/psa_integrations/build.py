@@ -3,6 +3,7 @@
 from typing import Literal
 
 from psa_config import DenseAttention, Preset, PyramidSparseAttention, load_presets
+from psa_integrations.clusters import ClusterOrders
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order
 
 _MODES = {"thresholdbound": "threshold", "topk": "quota"}
@@ -69,9 +70,41 @@ def mask_policy(
 
 
 def token_order(attention: PyramidSparseAttention, grid: VideoGrid) -> TokenOrder | None:
-    """The order in which `attention` wants the tokens of `grid`, None where they stay as they are."""
+    """The order in which `attention` wants the tokens of `grid`, None where they stay as they are.
+
+    With orders by cluster it is the one that queries have, or that tokens have within a cluster.
+    """
     if not attention.use_rearrange:
         return None
-    if attention.rearrange_method == "Gilbert":
+    if attention.rearrange_method != "Cube":
         return gilbert_order(grid)
     return cube_order(grid, attention.tile_size, along=_CUBES_ALONG[attention.cubes_along])
+
+
+def cluster_orders(
+    attention: PyramidSparseAttention, grid: VideoGrid, *, base: TokenOrder | None = None
+) -> ClusterOrders | None:
+    """What makes the orders of each attention over `grid`, None where `attention` wants none by cluster.
+
+    Args:
+        attention: the settings.
+        grid: the sequence.
+        base: the token order of `grid`, None where the tokens come in it already.
+
+    Raises:
+        ValueError: if there are more clusters than video tokens.
+    """
+    if not attention.use_rearrange or attention.rearrange_method not in ("Semantic", "Hybrid"):
+        return None
+    if attention.num_clusters > grid.video_len:
+        raise ValueError(
+            f"num_clusters must be at most the {grid.video_len} video tokens of {grid}, got {attention.num_clusters}"
+        )
+    return ClusterOrders(
+        num_clusters=attention.num_clusters,
+        num_iterations=attention.cluster_iterations,
+        seed=attention.seed,
+        queries=attention.rearrange_method == "Semantic",
+        grid=grid,
+        base=base,
+    )

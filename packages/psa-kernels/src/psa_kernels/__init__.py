@@ -3,6 +3,7 @@
 from psa_kernels.__about__ import __version__
 from psa_kernels.block_importance import block_importance
 from psa_kernels.key_similarity import key_similarity
+from psa_kernels.kmeans import KMeans, kmeans
 from psa_kernels.layout import BlockLayout
 from psa_kernels.plan import LevelPlan
 from psa_kernels.pyramid_attention import pyramid_attention
@@ -11,11 +12,13 @@ from psa_kernels.rank_levels import rank_levels
 
 __all__ = [
     "BlockLayout",
+    "KMeans",
     "LevelPlan",
     "Pyramid",
     "__version__",
     "block_importance",
     "key_similarity",
+    "kmeans",
     "pool_pyramid",
     "pyramid_attention",
     "rank_levels",

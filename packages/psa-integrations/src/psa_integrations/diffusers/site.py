@@ -13,11 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
 from psa_integrations.attention import check_device, sparse_attention
-from psa_integrations.build import mask_policy, sparse_attention_of, token_order
+from psa_integrations.build import cluster_orders, mask_policy, sparse_attention_of, token_order
+from psa_integrations.clusters import ClusterOrders
 from psa_integrations.diffusers.adapter import Adapter, Processor
 from psa_integrations.diffusers.parallel import parallel_problem, ulysses_of
 from psa_integrations.stats import StatsRecorder
-from psa_integrations.steps import StepFinder, is_dense_step
+from psa_integrations.steps import Step, StepFinder, is_dense_step
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
 OnUnsupported = Literal["raise", "dense"]
@@ -32,11 +33,13 @@ class UnsupportedError(RuntimeError):
 
 @dataclass(frozen=True)
 class SparseForward:
-    """How a sparse forward treats its tokens. `order` is over the video tokens alone."""
+    """How a sparse forward treats its tokens. `order` is over the video tokens alone, once for all layers; `clusters`
+    makes further ones in each of them."""
 
     grid: VideoGrid
     policy: MaskPolicy
     order: TokenOrder | None
+    clusters: ClusterOrders | None
 
 
 class TransformerSite:
@@ -78,6 +81,7 @@ class TransformerSite:
         self._cache_context: Any = None
         self._warned = False
         self._step: int | None = None
+        self._last: Step | None = None
         self._current: SparseForward | None = None
         self._dense_layers = frozenset[int]() if self._sparse is None else frozenset(self._sparse.dense_layers)
 
@@ -134,6 +138,7 @@ class TransformerSite:
         if self.transformer.__dict__.get("cache_context") is self._cache_context is not None:
             del self.transformer.__dict__["cache_context"]
         self._hooks, self._processors, self._cache_context = [], [], None
+        self._forwards.clear()
 
     @property
     def active(self) -> bool:
@@ -167,7 +172,10 @@ class TransformerSite:
                 f"the self-attention of layer {layer} must get the {forward.grid.seq_len} tokens of "
                 f"{forward.grid}, which is what the input of the transformer has, got {query.shape[2]}"
             )
-        out, density = sparse_attention(query, key, value, forward.policy, impl=self._impl)
+        order = None
+        if forward.clusters is not None:
+            order = partial(forward.clusters, step=self._step, layer=layer, impl=self._impl)
+        out, density = sparse_attention(query, key, value, forward.policy, order=order, impl=self._impl)
         self._stats.sparse((self.name, self._step, layer), density)
         return out
 
@@ -186,11 +194,13 @@ class TransformerSite:
         call.pop("self")
         step = self._finder.find(call["timestep"])
         self._step = None if step is None else step.index
+        self._follow(step)
         if self._sparse is None:
             return None
         # Before the dense steps: what cannot be served should not cost them first.
         if not self._serves(module, call):
             return None
+        forward = self._forward(self._adapter.grid(module, call))
         if is_dense_step(
             step,
             warmup=self._sparse.warmup_steps,
@@ -198,11 +208,19 @@ class TransformerSite:
             scheduler=self._finder.scheduler_name,
         ):
             return None
-        grid = self._adapter.grid(module, call)
-        self._current = self._forward(grid)
+        self._current = forward
         if self._current.order is not None:
             self._adapter.order_call(call, self._current.order)
         return (), call
+
+    def _follow(self, step: Step | None) -> None:
+        """Lets go of what a run has left behind when another one starts, with its dense steps too."""
+        last, self._last = self._last, step
+        same_run = step is not None and last is not None and step.total == last.total and step.index >= last.index
+        if not same_run:
+            for forward in self._forwards.values():
+                if forward.clusters is not None:
+                    forward.clusters.reset()
 
     def _order(self) -> TokenOrder | None:
         return None if self._current is None else self._current.order
@@ -215,7 +233,10 @@ class TransformerSite:
         if grid not in self._forwards:
             video = VideoGrid(frames=grid.frames, height=grid.height, width=grid.width)
             self._forwards[grid] = SparseForward(
-                grid, mask_policy(self._sparse, grid), token_order(self._sparse, video)
+                grid,
+                mask_policy(self._sparse, grid),
+                token_order(self._sparse, video),
+                cluster_orders(self._sparse, grid),
             )
         return self._forwards[grid]
 

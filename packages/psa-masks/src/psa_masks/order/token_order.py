@@ -98,10 +98,14 @@ class TokenOrder:
             raise ValueError(f"dim must be an axis of x with shape {list(x.shape)}, got {dim}")
         if x.shape[dim] != len(self):
             raise ValueError(f"x must have {len(self)} tokens along dim {dim}, got shape {list(x.shape)}")
-        key = (x.device, inverse)
+        return x.index_select(dim, self.index(x.device, inverse=inverse))
+
+    def index(self, device: torch.device, *, inverse: bool = False) -> Tensor:
+        """The order, or its inverse, on ``device``: copied there once, and kept."""
+        key = (device, inverse)
         index = self._on_device.get(key)
         if index is None:
             with torch.inference_mode(False):  # the index is kept, and later callers may want gradients
-                index = (self.inverse if inverse else self.order).to(x.device)
+                index = (self.inverse if inverse else self.order).to(device)
             self._on_device[key] = index
-        return x.index_select(dim, index)
+        return index
