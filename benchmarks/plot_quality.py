@@ -67,7 +67,9 @@ class Scale:
     is_log: bool
 
     def __call__(self, value: float) -> float:
-        low, high, at = (math.log(v) for v in (self.low, self.high, value)) if self.is_log else (self.low, self.high, value)
+        low, high, at = (
+            (math.log(v) for v in (self.low, self.high, value)) if self.is_log else (self.low, self.high, value)
+        )
         return self.start + (at - low) / (high - low) * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
@@ -104,7 +106,9 @@ def style() -> str:
     return f"<style>{rules(0)}\n@media (prefers-color-scheme: dark) {{\n{rules(1)}\n}}{FIXED_STYLE}</style>"
 
 
-def lines_of(found: list[Found], rows: Sequence[Row], value: str, of: Callable[[Sequence[float]], Values]) -> list[Line]:
+def lines_of(
+    found: list[Found], rows: Sequence[Row], value: str, of: Callable[[Sequence[float]], Values]
+) -> list[Line]:
     """A line of each row with a sweep; intervals collapse to the mean where the samples are too few."""
     swept = [row for row in rows if row.sweep]
     lines = []
@@ -165,7 +169,9 @@ def drawing(width: float, height: float, title: str, under: Sequence[str], parts
     return "\n".join([*head, *words, *parts, "</svg>"]) + "\n"
 
 
-def single(title: str, about: Mapping[str, Any], lines: Sequence[Line], *, y_is_log: bool, y_name: str, x_name: str) -> str:
+def single(
+    title: str, about: Mapping[str, Any], lines: Sequence[Line], *, y_is_log: bool, y_name: str, x_name: str
+) -> str:
     """One panel with its legend beside it."""
     frame = Frame(left=62, top=TITLE_HEIGHT + 34, width=600, height=380)
     bottom = frame.top + frame.height
@@ -214,6 +220,9 @@ def draw_fields(part: Mapping[str, Any], rows: Sequence[Row], columns: int = 4) 
     return drawing(right + LEGEND_WIDTH, height, "Attention error on smooth random fields", under, parts)
 
 
+DRAW = {"attention": draw_attention, "fields": draw_fields, "videos": draw_videos}
+
+
 def _some(lines: list[Line]) -> list[Line]:
     if not lines:
         raise ValueError("none of the policies with a sweep was measured")
@@ -234,9 +243,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, required=True, help="the folder of quality.md")
     options = parser.parse_args()
     results = merged(options.json)
-    draw = {"attention": draw_attention, "fields": draw_fields, "videos": draw_videos}
     for name, part in results.items():
-        (options.docs / f"quality-{name}.svg").write_text(draw[name](part, ROWS))
+        (options.docs / f"quality-{name}.svg").write_text(DRAW[name](part, ROWS))
     page = options.docs / "quality.md"
     page.write_text(fill(page.read_text(), parts_of_page(results, ROWS)))
 

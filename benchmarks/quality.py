@@ -74,7 +74,9 @@ def caught_cases(pipeline: TinyWanPipeline, prompts: int, batch: int, size: Size
     ]
 
 
-def measure_rows(cases: list[Case], before: dict[tuple[int, int], Inputs], rows: list[Row], clock: Clock) -> list[Found]:
+def measure_rows(
+    cases: list[Case], before: dict[tuple[int, int], Inputs], rows: list[Row], clock: Clock
+) -> list[Found]:
     """A row's error at each of its points: the geometric mean over the cases, for each sample."""
     found = []
     for point in clock.points(rows):

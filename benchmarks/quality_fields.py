@@ -46,7 +46,7 @@ FIELDS = tuple(
 
 
 def blur(size: int, smoothness: float) -> Tensor:
-    """float32 ``[size, size]``: Gaussian weights whose squares add up to 1 in every row, so variance stays what it is."""
+    """float32 ``[size, size]``: Gaussian weights whose squares add up to 1 in every row, so variance stays."""
     if smoothness == 0.0:
         return torch.eye(size)
     places = torch.arange(size)
@@ -71,8 +71,6 @@ def make_inputs(
     The same noise is drawn for every ``field``, so that fields of one seed differ in what they are set to alone.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    common, query, key, value = (
-        smooth_field(grid, (batch, heads, head_dim), field, generator).mT for _ in range(4)
-    )
+    common, query, key, value = (smooth_field(grid, (batch, heads, head_dim), field, generator).mT for _ in range(4))
     query, key = (ALIKE**0.5 * common + (1.0 - ALIKE) ** 0.5 * own for own in (query, key))
     return Inputs(0, 0, field.sharpness * query.contiguous(), key.contiguous(), value.contiguous())

@@ -10,7 +10,7 @@ import torch
 from quality_capture import Inputs
 from quality_policies import Decision, Point, attend, decide, take
 from torch import Tensor
-from torch.nn.functional import conv2d, scaled_dot_product_attention
+from torch.nn.functional import conv2d, pad, scaled_dot_product_attention
 
 from psa_kernels import BlockLayout
 from psa_masks import VideoGrid, density
@@ -87,7 +87,7 @@ class Case:
 
 
 def geometric_mean(errors: Sequence[Tensor]) -> Tensor:
-    """Of errors ``[B]``, one of each layer and step, for each sample; exact zeros count as the smallest normal number."""
+    """Of errors ``[B]``, one of each layer and step, for each sample; an exact 0 counts as the smallest number."""
     stacked = torch.stack(list(errors)).double().clamp(min=torch.finfo(torch.float32).tiny)
     return stacked.log().mean(dim=0).exp()
 
@@ -118,7 +118,8 @@ def psnr(video: Tensor, reference: Tensor) -> Tensor:
 def ssim(video: Tensor, reference: Tensor) -> Tensor:
     """Mean structural similarity of the frames of each video ``[B, F, C, H, W]`` in [0, 1]; ``[B]``.
 
-    Wang et al. 2004: a Gaussian window of 11 pixels and sigma 1.5, wherever it lies wholly inside, each channel alone.
+    Wang et al. 2004: a Gaussian window of 11 pixels and sigma 1.5, frames mirrored at their edges, each channel alone.
+    As torchmetrics computes it, which not every machine that measures has.
 
     Raises:
         ValueError: a side is shorter than the window.
@@ -126,7 +127,7 @@ def ssim(video: Tensor, reference: Tensor) -> Tensor:
     if min(video.shape[-2:]) < 11:
         raise ValueError(f"video must be at least 11 pixels on a side, got {list(video.shape[-2:])}")
     batch = video.shape[0]
-    x, y = (frames.flatten(0, 2)[:, None] for frames in (video, reference))
+    x, y = (pad(frames.flatten(0, 2)[:, None], (5, 5, 5, 5), mode="reflect") for frames in (video, reference))
     places = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
     window = torch.exp(-0.5 * (places / 1.5) ** 2)
     window = window / window.sum()

@@ -147,7 +147,9 @@ def chosen(parts: list[str] | None) -> list[Row]:
     """
     for part in parts or ():
         if not any(part in row.name for row in ROWS):
-            raise ValueError(f"--policies must be part of a policy's name, got {part!r}; names: {[r.name for r in ROWS]}")
+            raise ValueError(
+                f"--policies must be part of a policy's name, got {part!r}; names: {[r.name for r in ROWS]}"
+            )
     return [row for row in ROWS if not parts or any(part in row.name for part in parts)]
 
 

@@ -39,7 +39,9 @@ def plain_point(found: Iterable[Found], name: str | None) -> Found | None:
     return next((one for one in found if (one["row"], one["point"]) == (name, 0)), None)
 
 
-def against_base(found: list[Found], row: Row, one: Found, value: str, how: Callable[[float, float], float]) -> list[float]:
+def against_base(
+    found: list[Found], row: Row, one: Found, value: str, how: Callable[[float, float], float]
+) -> list[float]:
     """``how`` of the value and the base's, for each sample; empty where there is no base to hold it against."""
     base = plain_point(found, row.base)
     return [] if base is None else [how(a, b) for a, b in zip(one[value], base[value], strict=True)]
