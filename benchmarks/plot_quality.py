@@ -73,10 +73,11 @@ class Scale:
         return self.start + (at - low) / (high - low) * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
-        """1, 2, 5, 10, ... on a logarithmic axis; on a linear one about six round numbers."""
+        """1, 2, 5, 10, ... on a logarithmic axis, more on a short one; on a linear one about six round numbers."""
         if self.is_log:
+            digits = (1, 2, 5) if self.high / self.low > 12 else (1, 1.5, 2, 3, 5, 7)
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            every: Iterable[float] = (digit * 10.0**decade for decade in decades for digit in (1, 2, 5))
+            every: Iterable[float] = (digit * 10.0**decade for decade in decades for digit in digits)
         else:
             step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50) if (self.high - self.low) / s <= 7)
             every = (step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1))
@@ -178,7 +179,7 @@ def single(
     parts = panel(frame, lines, y_is_log=y_is_log, y_name=y_name)
     parts.append(text(frame.left + frame.width / 2, bottom + 40, x_name, "faint", "middle"))
     parts += legend(frame.left + frame.width + 26, frame.top + 12, lines)
-    return drawing(frame.left + frame.width + LEGEND_WIDTH, bottom + 54, title, [about_text(about)], parts)
+    return drawing(frame.left + frame.width + LEGEND_WIDTH, bottom + 54, title, about_text(about).split("; ", 1), parts)
 
 
 def draw_attention(part: Mapping[str, Any], rows: Sequence[Row]) -> str:

@@ -147,7 +147,7 @@ def pipeline_of(options: argparse.Namespace) -> TinyWanPipeline:
 def machine(options: argparse.Namespace) -> dict[str, object]:
     on_gpu = torch.device(options.device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(options.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(options.device) if on_gpu else "CPU",
         "dtype": options.dtype,
         "torch": torch.__version__,
         "python": platform.python_version(),

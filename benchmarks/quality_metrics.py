@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d, pad, scaled_dot_product_attention
 from psa_kernels import BlockLayout
 from psa_masks import VideoGrid, density
 
-LARGEST_SCORES = 1 << 26
+LARGEST_SCORES = 1 << 24
 """Attention weights held at once."""
 SPREAD_QUERIES = 256
 MAX_PSNR = 100.0
