@@ -82,23 +82,27 @@ def attention_tables(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def field_tables(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Density and error of every row's first point, a column for each setting, and what the settings are like."""
+    """What the settings are like, and the error of every row's first point, a column for each setting.
+
+    A density that the settings do not share stands in each cell before the error.
+    """
     settings: list[dict[str, Any]] = part["settings"]
-    measured = {one["row"] for setting in settings for one in setting["found"]}
-
-    def cell(setting: Mapping[str, Any], row: Row) -> str:
-        one = plain_point(setting["found"], row.name)
-        return "-" if one is None else f"{one['density']:.3f}: {geometric_interval(one['errors'])[0]:.3f}"
-
-    names = [f"{chr(ord('A') + i)}" for i in range(len(settings))]
+    names = [chr(ord("A") + i) for i in range(len(settings))]
     about = table(
         ["", "field", "effective keys / all", "mass of the best 5%", "of the best 15%"],
         [(name, setting["field"], *_shares(setting["spread"])) for name, setting in zip(names, settings, strict=True)],
     )
-    errors = table(
-        ["policy", *names],
-        [(row.name, *(cell(setting, row) for setting in settings)) for row in rows if row.name in measured],
-    )
+
+    def line(row: Row) -> Sequence[str]:
+        each = [plain_point(setting["found"], row.name) for setting in settings]
+        densities = ["-" if one is None else f"{one['density']:.3f}" for one in each]
+        errors = ["-" if one is None else f"{geometric_interval(one['errors'])[0]:.3f}" for one in each]
+        if len(set(densities)) == 1:
+            return (row.name, densities[0], *errors)
+        return (row.name, "", *(f"{density}: {error}" for density, error in zip(densities, errors, strict=True)))
+
+    measured = {one["row"] for setting in settings for one in setting["found"]}
+    errors = table(["policy", "density", *names], [line(row) for row in rows if row.name in measured])
     return f"{about}\n\n{errors}"
 
 
