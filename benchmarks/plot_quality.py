@@ -16,7 +16,7 @@ from typing import Any
 from plot_lengths import text
 from quality_metrics import MAX_PSNR, geometric_interval, interval
 from quality_policies import ROWS, Row
-from quality_report import FEWEST, Found, about_text, fill, parts_of_page, points_of
+from quality_report import Found, about_text, fill, parts_of_page, points_of
 
 # Light and dark: background, text, faint text, grid, then a line of each row with a sweep, in the table's order.
 COLOURS = {
@@ -110,14 +110,13 @@ def style() -> str:
 def lines_of(
     found: list[Found], rows: Sequence[Row], value: str, of: Callable[[Sequence[float]], Values]
 ) -> list[Line]:
-    """A line of each row with a sweep; intervals collapse to the mean where the samples are too few."""
+    """A line of each row with a sweep that was measured."""
     swept = [row for row in rows if row.sweep]
     lines = []
     for i, row in enumerate(swept):
         values = {}
         for one in points_of(found, row):
-            mean, low, high = of(one[value])
-            values[one["density"]] = (mean, low, high) if len(one[value]) >= FEWEST else (mean, mean, mean)
+            values[one["density"]] = of(one[value])
         if values:
             lines.append(Line(SERIES[i % len(SERIES)], row.name, values))
     return lines

@@ -56,9 +56,9 @@ def blur(size: int, smoothness: float) -> Tensor:
 
 def smooth_field(grid: VideoGrid, shape: tuple[int, ...], field: Field, generator: torch.Generator) -> Tensor:
     """float32 ``[*shape, grid.video_len]`` of variance 1 on the CPU, smooth over the grid, as ``field`` says."""
-    white, noise = (torch.randn((*shape, *grid.shape), generator=generator) for _ in range(2))
-    along = [blur(size, field.smoothness) for size in grid.shape]
-    smooth = torch.einsum("ti,yj,xk,...ijk->...tyx", *along, white)
+    smooth, noise = (torch.randn((*shape, *grid.shape), generator=generator) for _ in range(2))
+    for axis, size in zip((-3, -2, -1), grid.shape, strict=True):
+        smooth = (smooth.transpose(axis, -1) @ blur(size, field.smoothness).T).transpose(axis, -1)
     mixed = (1.0 - field.noise) ** 0.5 * smooth + field.noise**0.5 * noise
     return mixed.flatten(start_dim=-3)
 

@@ -18,6 +18,8 @@ from psa_masks import VideoGrid, density
 LARGEST_SCORES = 1 << 24
 """Attention weights held at once."""
 SPREAD_QUERIES = 256
+FEWEST = 8
+"""Values from which an interval is given: fewer are too few to resample."""
 MAX_PSNR = 100.0
 """In dB, of equal videos too: a mean over infinities says nothing."""
 
@@ -146,16 +148,19 @@ def ssim(video: Tensor, reference: Tensor) -> Tensor:
 
 
 def interval(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95% bootstrap interval by percentiles; the ends are the mean for a single value.
+    """Mean, and the ends of its 95% bootstrap interval by percentiles; below ``FEWEST`` values the ends are the mean.
 
     Raises:
         ValueError: there is no value.
     """
     if not values:
         raise ValueError("values must not be empty")
+    mean = math.fsum(values) / len(values)
+    if len(values) < FEWEST:
+        return mean, mean, mean
     chance = random.Random(seed)
     means = sorted(math.fsum(chance.choices(values, k=len(values))) / len(values) for _ in range(draws))
-    return math.fsum(values) / len(values), means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
+    return mean, means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
 
 
 def geometric_interval(values: Sequence[float]) -> tuple[float, float, float]:

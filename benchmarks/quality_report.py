@@ -8,11 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from quality_metrics import geometric_interval, interval
+from quality_metrics import FEWEST, geometric_interval, interval
 from quality_policies import Row
-
-FEWEST = 8
-"""Samples from which an interval is given: fewer are too few to resample."""
 
 Found = dict[str, Any]
 Interval = tuple[float, float, float]

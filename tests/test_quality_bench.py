@@ -13,7 +13,7 @@ from lib.presets import make_preset
 from quality_capture import Inputs, Site, Size, capture, sample
 from quality_fields import Field, blur, make_inputs, smooth_field
 from quality_metrics import Case, block_mass, geometric_mean, interval, membership, psnr, spread, ssim
-from quality_policies import ORDERS, ROWS, Point, Row, attend, chosen, decide, points
+from quality_policies import ORDERS, ROWS, Row, attend, chosen, decide, points
 from quality_report import fill, parts_of_page
 from quality_videos import PolicyAttention, Run, make_pairs
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -150,7 +150,8 @@ def test_interval_is_as_wide_as_the_standard_error_says():
     assert mean == pytest.approx(values.mean())
     assert low < mean < high
     assert (high - low) / (2 * 1.96 * values.std() / 20) == pytest.approx(1.0, abs=0.1)
-    assert interval([3.0] * 5) == (3.0, 3.0, 3.0)
+    assert interval([3.0] * 9) == (3.0, 3.0, 3.0)
+    assert interval([1.0, 3.0]) == (2.0, 2.0, 2.0)  # too few to resample
     with pytest.raises(ValueError, match="must not be empty"):
         interval([])
 
@@ -308,15 +309,3 @@ def test_the_page_and_plots_are_those_of_the_committed_numbers():
         ElementTree.fromstring(drawn)
         assert draw(results[name], ROWS) == drawn
         assert f"quality-{name}.svg" in page
-
-
-def test_intervals_need_samples():
-    found = [
-        {"row": "level 1 + tail", "point": 0, "density": 0.1, "mass": 0.5, "errors": [0.1, 0.2] * n} for n in (1, 4)
-    ]
-    few, enough = (
-        plot_quality.lines_of([one], ROWS, "errors", plot_quality.geometric_interval)[0].values[0.1] for one in found
-    )
-    assert few[0] == few[1] == few[2]
-    assert enough[1] < enough[0] < enough[2]
-    assert isinstance(next(points(ROWS[0])), Point)
