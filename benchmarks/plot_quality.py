@@ -6,6 +6,7 @@ colours follow the reader's light or dark scheme.
 """
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ text { font: 13px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 .bar { fill: none; stroke-width: 1.4; }
 .grid { stroke-width: 1; }
 """
-LEGEND_WIDTH, LEGEND_GAP, TITLE_HEIGHT = 230, 22, 66
+LEGEND_WIDTH, LEGEND_GAP, TITLE_HEIGHT, TICK_GAP = 230, 22, 66, 32
 
 Values = tuple[float, float, float]
 """A mean and the ends of its interval."""
@@ -73,15 +74,19 @@ class Scale:
         return self.start + (at - low) / (high - low) * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
-        """1, 2, 5, 10, ... on a logarithmic axis, more on a short one; on a linear one about six round numbers."""
-        if self.is_log:
-            digits = (1, 2, 5) if self.high / self.low > 12 else (1, 1.5, 2, 3, 5, 7)
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            every: Iterable[float] = (digit * 10.0**decade for decade in decades for digit in digits)
-        else:
-            step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50) if (self.high - self.low) / s <= 7)
-            every = (step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1))
-        return [tick for tick in every if self.low <= tick <= self.high]
+        """On a logarithmic axis 1, 2, 5, 10, ..., or more where there is room; on a linear one round numbers."""
+        if not self.is_log:
+            step = next(step for step in (0.5, 1, 2, 5, 10, 20, 50) if (self.high - self.low) / step <= 7)
+            return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        chosen: list[float] = []
+        for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)):
+            every = (digit * 10.0**decade for decade in decades for digit in digits)
+            chosen = [tick for tick in every if self.low <= tick <= self.high]
+            places = [self(tick) for tick in chosen]
+            if all(abs(b - a) >= TICK_GAP for a, b in itertools.pairwise(places)):
+                break
+        return chosen
 
 
 @dataclass(frozen=True)
