@@ -205,6 +205,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     for name in ("prompts", "draws", "pairs", "steps", "batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    try:
+        chosen(options.policies)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 
