@@ -1,169 +1,242 @@
-"""How close sparse attention comes to dense on a trained video model: `nox -s bench -- quality`.
+"""How close sparse attention comes to dense, by policy: `nox -s bench -- quality`. No download, no GPU needed.
 
-The tiny model makes videos with dense attention, and the queries, keys and values of its self-attention are caught at a
-few steps, in every layer. Each policy and token order then attends over the same tensors. No download, no GPU.
+Three parts, of which a run does those that `--part` names:
+
+attention  queries, keys and values of the tiny model, caught at a few steps in every layer while it makes videos with
+           dense attention; every policy then attends over the same tensors
+fields     the same over smooth random fields of several settings
+videos     whole videos of the tiny model with each policy, by PSNR and SSIM against the dense video of the same seed
+
+`--json` keeps the numbers; `plot_quality.py` makes the plots and the tables of docs/quality.md from them.
 """
 
 import argparse
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from quality_capture import Inputs, Size, capture
+from quality_fields import FIELDS, make_inputs
+from quality_metrics import Case, geometric_mean, spread
+from quality_policies import ROWS, Point, Row, chosen, points
+from quality_report import attention_tables, field_tables, spread_table, video_tables
+from quality_videos import Run, compare, dense_videos, make_pairs
 
 import psa_masks
-from psa_integrations.tiny_wan.pipeline import load_pipeline
-from psa_kernels import BlockLayout, LevelPlan, pyramid_attention
-from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order
+from psa_integrations.tiny_wan.pipeline import TinyWanPipeline, load_pipeline
+from psa_masks import VideoGrid
 
-PROMPTS = ("a red circle moving right", "a blue square moving up")
-FRAMES, SIZE, PATCH = 16, 64, 4
-GRID = VideoGrid(frames=FRAMES, height=SIZE // PATCH, width=SIZE // PATCH)
-STEPS, SEEN_STEPS = 25, (6, 15)
-LAYERS = 7
-BLOCK = 64
+CAPTURE_STEPS, SEEN_STEPS = 25, (6, 15)
+PARTS = ("attention", "fields", "videos")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-ORDERS: dict[str, TokenOrder | None] = {
-    "as they are": None,
-    "cube 4x4x4": cube_order(GRID, (4, 4, 4)),
-    "cube 1x8x8": cube_order(GRID, (1, 8, 8)),
-    "Gilbert": gilbert_order(GRID),
-}
-PAPER = (0.10, 0.15, 0.15, 0.35)
-POLICIES: dict[str, dict[str, Any]] = {
-    "level 1 alone, 15%": {"mode": "quota", "bounds": (0.15,)},
-    "quotas .10/.05/0/.20 (the paper's)": {"mode": "quota", "bounds": PAPER},
-    "the same, mean instead of max": {"mode": "quota", "bounds": PAPER, "reduction": "mean"},
-    "thresholds .5/.6/.7/.8": {"mode": "threshold", "bounds": (0.5, 0.6, 0.7, 0.8)},
-    "level 1 for 14%, rest as means": {"mode": "quota", "bounds": (0.14,), "skip": "mean"},
-    "quotas .09/.05/0/.20, rest as means": {"mode": "quota", "bounds": (0.09, 0.14, 0.14, 0.34), "skip": "mean"},
-    "the same, mean instead of max ": {
-        "mode": "quota", "bounds": (0.09, 0.14, 0.14, 0.34), "skip": "mean", "reduction": "mean",
-    },
-    "level 1 for 4%, rest as means": {"mode": "quota", "bounds": (0.04,), "skip": "mean"},
-    "thresholds .5/.6/.7/.8, rest as means": {"mode": "threshold", "bounds": (0.5, 0.6, 0.7, 0.8), "skip": "mean"},
-}  # fmt: skip
+Found = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Caught:
-    """One self-attention, ``[1, H, L, D]`` each."""
+class Clock:
+    """Whether there is time for another point."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    dense: Tensor
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.left_out: list[str] = []
 
-
-class SelfAttentions(TorchFunctionMode):
-    """Keeps the inputs of self-attention over ``length`` tokens in the forwards that ``wanted`` numbers."""
-
-    def __init__(self, length: int, wanted: frozenset[int]) -> None:
-        self.caught: list[Caught] = []
-        self._length, self._wanted, self._calls = length, wanted, 0
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            query, key, value = named["query"], named["key"], named["value"]
-            if query.shape[2] == key.shape[2] == self._length:
-                self._calls += 1
-                if (self._calls - 1) // LAYERS in self._wanted:
-                    out = func(*args, **kwargs)
-                    self.caught.append(Caught(query.clone(), key.clone(), value.clone(), out.clone()))
-                    return out
-        return func(*args, **kwargs)
+    def points(self, rows: Iterable[Row]) -> Iterator[Point]:
+        """All points of the rows for which time is left when their turn comes; the others' names are kept."""
+        for row in rows:
+            for point in points(row):
+                if time.monotonic() < self._end:
+                    yield point
+                else:
+                    self.left_out.append(f"{row.name} [{point.index}]")
 
 
-def catch(prompt: str, seed: int) -> list[Caught]:
-    """Self-attentions of the forwards with the prompt, at the steps of ``SEEN_STEPS``."""
-    pipeline = load_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    forwards = frozenset(2 * step for step in SEEN_STEPS)  # of each step's two the first is that with the prompt
-    with SelfAttentions(GRID.seq_len, forwards) as mode:
-        pipeline(
-            prompt,
-            num_frames=FRAMES,
-            height=SIZE,
-            width=SIZE,
-            num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="latent",
-            callback_on_step_end=_stop_after(max(SEEN_STEPS)),
+def found_of(point: Point, **values: object) -> Found:
+    return {"row": point.row.name, "point": point.index, **values}
+
+
+def caught_cases(pipeline: TinyWanPipeline, prompts: int, batch: int, size: Size, rows: list[Row]) -> list[Inputs]:
+    """Captures of all steps that the rows look at, with the prompts as samples."""
+    ages = {row.reuse for row in rows} | {0}
+    wanted = {step - age for step in SEEN_STEPS for age in ages}
+    pairs = make_pairs(prompts)
+    batches = [
+        capture(pipeline, pairs[start : start + batch], wanted, size=size, steps=CAPTURE_STEPS)
+        for start in range(0, len(pairs), batch)
+    ]
+    return [
+        Inputs(*at, *(torch.cat([getattr(b[at], name) for b in batches]) for name in ("query", "key", "value")))
+        for at in sorted(batches[0])
+    ]
+
+
+def measure_rows(
+    cases: list[Case], before: dict[tuple[int, int], Inputs], rows: list[Row], clock: Clock
+) -> list[Found]:
+    """A row's error at each of its points: the geometric mean over the cases, for each sample."""
+    found = []
+    for point in clock.points(rows):
+        reuse = point.row.reuse
+        measured = [
+            case.measure(point, before[case.inputs.step - reuse, case.inputs.layer] if reuse else None)
+            for case in cases
+        ]
+        values = found_of(
+            point,
+            density=float(torch.stack([one.density for one in measured]).mean()),
+            mass=float(torch.stack([one.mass for one in measured]).mean()),
+            errors=geometric_mean([one.error for one in measured]).tolist(),
         )
-    assert len(mode.caught) == LAYERS * len(SEEN_STEPS), "the model no longer attends as this script expects"
-    return mode.caught
+        found.append(values)
+        progress(values)
+    return found
 
 
-def _stop_after(last: int) -> Callable[..., dict[str, Any]]:
-    def callback(pipeline: Any, step: int, timestep: Tensor, values: dict[str, Any]) -> dict[str, Any]:
-        if step == last:
-            pipeline.scheduler.timesteps = pipeline.scheduler.timesteps[: last + 1]
-        return values
+def attention_part(options: argparse.Namespace, rows: list[Row], clock: Clock) -> dict[str, Any]:
+    """Errors on the tiny model's own queries, keys and values."""
+    size = Size(*options.size)
+    inputs = caught_cases(pipeline_of(options), options.prompts, options.batch, size, rows)
+    cases = [Case(one, size.grid) for one in inputs if one.step in SEEN_STEPS]
+    before = {(one.step, one.layer): one for one in inputs}
+    spreads = [{"step": c.inputs.step, "layer": c.inputs.layer, **spread(c.inputs.query, c.inputs.key)} for c in cases]
+    about = {**machine(options), "tokens": size.grid.seq_len, "prompts": options.prompts}
+    about |= {"steps": CAPTURE_STEPS, "seen_steps": SEEN_STEPS, "layers": len({c.inputs.layer for c in cases})}
+    return {"about": about, "spread": spreads, "found": measure_rows(cases, before, rows, clock)}
 
-    return callback
+
+def fields_part(options: argparse.Namespace, rows: list[Row], clock: Clock) -> dict[str, Any]:
+    """Errors on smooth random fields, of each setting."""
+    grid = VideoGrid(**dict(zip(("frames", "height", "width"), options.grid, strict=True)))
+    rows = [row for row in rows if not row.reuse]  # fields have no steps
+    settings = []
+    for setting in FIELDS:
+        made = make_inputs(grid, setting, batch=options.draws)
+        tensors = (x.to(options.device, DTYPES[options.dtype]) for x in (made.query, made.key, made.value))
+        case = Case(Inputs(0, 0, *tensors), grid)
+        progress({"field": str(setting)})
+        found = measure_rows([case], {}, rows, clock)
+        seen = spread(case.inputs.query, case.inputs.key)
+        settings.append({"field": str(setting), "spread": seen, "found": found})
+    return {"about": {**machine(options), "grid": options.grid, "draws": options.draws}, "settings": settings}
 
 
-def measure(policy: MaskPolicy, order: TokenOrder | None, inputs: Caught) -> tuple[float, float]:
-    """Executed density, and the error of the output relative to dense attention's norm."""
-    query, key, value = (
-        x if order is None else order.apply(x, dim=2) for x in (inputs.query, inputs.key, inputs.value)
+def videos_part(options: argparse.Namespace, rows: list[Row], clock: Clock) -> dict[str, Any]:
+    """PSNR and SSIM of whole videos."""
+    run = Run(Size(*options.size), options.steps, options.warmup, options.batch)
+    pipeline, pairs = pipeline_of(options), make_pairs(options.pairs)
+    dense = dense_videos(pipeline, pairs, run)
+    found = []
+    for point in clock.points(row for row in rows if row.videos):
+        values = found_of(point, **compare(pipeline, point, pairs, dense, run))
+        found.append(values)
+        progress(values)
+    about = {**machine(options), "size": options.size, "pairs": options.pairs, "steps": run.steps, "warmup": run.warmup}
+    return {"about": about, "found": found}
+
+
+def pipeline_of(options: argparse.Namespace) -> TinyWanPipeline:
+    pipeline = load_pipeline(options.device, DTYPES[options.dtype])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def machine(options: argparse.Namespace) -> dict[str, object]:
+    on_gpu = torch.device(options.device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(options.device) if on_gpu else "CPU",
+        "dtype": options.dtype,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "psa-masks": psa_masks.__version__,
+    }
+
+
+def progress(values: Found) -> None:
+    """A line on stderr: numbers, and the means of lists."""
+    words = (
+        f"{name} {sum(v) / len(v):.4f}" if isinstance(v, list) else f"{name} {v:.4f}" if isinstance(v, float) else v
+        for name, v in values.items()
     )
-    layout = BlockLayout(query.shape[2], key.shape[2], block_q=BLOCK, block_kv=BLOCK, num_levels=policy.num_levels)
-    plan = LevelPlan.from_levels(policy(query, key), layout)
-    out = pyramid_attention(query, key, value, plan, block_q=BLOCK, block_kv=BLOCK, num_levels=policy.num_levels)
-    if order is not None:
-        out = order.undo(out, dim=2)
-    return float(plan.density().mean()), float((out - inputs.dense).norm() / inputs.dense.norm())
+    print(*words, sep="  ", file=sys.stderr, flush=True)
 
 
-def rows(caught: list[Caught], samples: int) -> Iterator[str]:
-    for name, options in POLICIES.items():
-        policy = MaskPolicy(**options, block_q=BLOCK, block_kv=BLOCK, samples_q=samples, samples_kv=samples)
-        cells = []
-        for order in ORDERS.values():
-            results = [measure(policy, order, inputs) for inputs in caught]
-            density = sum(d for d, _ in results) / len(results)
-            error = math.exp(sum(math.log(e) for _, e in results) / len(results))
-            cells.append(f"{density:.3f}: {error:.3f}")
-        yield f"| {name.strip()} | {' | '.join(cells)} |"
+def rounded(value: Any) -> Any:
+    """The same with five significant digits in every float, which keeps the file small."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def write(path: Path | None, results: dict[str, Any]) -> None:
+    """All so far, under the final name only once it is whole."""
+    if path is None:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(rounded(results)) + "\n")
+    partial.replace(path)
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, action="append", help="may be repeated; default: attention")
+    parser.add_argument(
+        "--policies", action="append", metavar="TEXT", help="only policies whose name holds this; may be repeated"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--size", type=int, nargs=3, default=[16, 64, 64], metavar=("FRAMES", "HEIGHT", "WIDTH"))
+    parser.add_argument("--prompts", type=int, default=2, help="attention: prompts, each with a seed of its own")
+    parser.add_argument("--draws", type=int, default=2, help="fields: samples of each setting")
+    parser.add_argument("--grid", type=int, nargs=3, default=[16, 16, 16], help="fields: frames, rows, columns")
+    parser.add_argument("--pairs", type=int, default=32, help="videos: pairs of prompt and seed")
+    parser.add_argument("--steps", type=int, default=20, help="videos: denoising steps")
+    parser.add_argument("--warmup", type=int, default=5, help="videos: dense steps at the start")
+    parser.add_argument("--batch", type=int, default=1, help="videos made at once; 32 fill a large GPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no point after this time")
+    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file, after each part")
+    options = parser.parse_args(given)
+    for name in ("prompts", "draws", "pairs", "steps", "batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    try:
+        chosen(options.policies)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, by part."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows, clock = chosen(options.policies), Clock(options.seconds)
+    results: dict[str, Any] = {}
+    measure = {"attention": attention_part, "fields": fields_part, "videos": videos_part}
+    with torch.no_grad():
+        for part in PARTS:
+            if part in (options.part or ["attention"]):
+                results[part] = measure[part](options, rows, clock)
+                write(options.json, results)
+    if clock.left_out:
+        print(f"no time left for: {', '.join(clock.left_out)}", file=sys.stderr)
+    return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=16, help="tokens sampled from a block of 64 to score it")
-    parser.add_argument("--videos", type=int, default=len(PROMPTS), help="how many prompts, each with its own seed")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    lines = [
-        "# Attention error on the tiny model",
-        "",
-        f"torch {torch.__version__}, psa-masks {psa_masks.__version__}. Command: `nox -s bench -- quality`.",
-        f"{options.videos} prompts, steps {SEEN_STEPS} of {STEPS}, all {LAYERS} layers, {GRID.seq_len} tokens, blocks",
-        f"of {BLOCK}, {options.samples} samples a block. Each cell is executed density: error of the attention output",
-        "relative to dense, as the geometric mean over prompts, steps and layers.",
-        "",
-        f"| policy | {' | '.join(ORDERS)} |",
-        f"|---|{'---|' * len(ORDERS)}",
-    ]
-    with torch.no_grad():
-        caught = [inputs for seed, prompt in enumerate(PROMPTS[: options.videos]) for inputs in catch(prompt, seed)]
-        print("\n".join(lines), flush=True)
-        for row in rows(caught, options.samples):
-            lines.append(row)
-            print(row, flush=True)
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+    results = run(arguments())
+    if "attention" in results:
+        print(spread_table(results["attention"]), attention_tables(results["attention"], ROWS), sep="\n\n")
+    if "fields" in results:
+        print(field_tables(results["fields"], ROWS))
+    if "videos" in results:
+        print(video_tables(results["videos"], ROWS))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # makes tests/lib importable as `lib`
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 if not torch.cuda.is_available():
     # Read by Triton when it is first imported, which happens when a Triton operator first runs.

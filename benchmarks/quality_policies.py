@@ -1,0 +1,205 @@
+"""The policies that `quality.py` compares: one table, and how a line of it becomes attention.
+
+A new policy is a new `Row`; a new token order is a new entry of `ORDERS`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psa_kernels import BlockLayout, pyramid_attention
+from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order
+
+BLOCK = 64
+PAPER = (0.10, 0.15, 0.15, 0.35)
+TAILED = (0.09, 0.14, 0.14, 0.34)
+"""The paper's quotas with a level 1 smaller by what the tail costs."""
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
+SIMILARITY = (0.70, 0.65, 0.60)
+
+Settings = Mapping[str, Any]
+Order = Callable[[VideoGrid, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Grid, query and key ``[B, H, L, D]`` to the orders of the queries and of the keys, int64 ``[L]`` or ``[B, H, L]``."""
+
+
+def fixed(make: Callable[[VideoGrid], TokenOrder]) -> Order:
+    """An order that follows from the grid alone, the same for queries and keys."""
+
+    def order(grid: VideoGrid, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        index = make(grid).order.to(query.device)
+        return index, index
+
+    return order
+
+
+ORDERS: dict[str, Order] = {
+    "as they are": fixed(lambda grid: TokenOrder.identity(grid.seq_len)),
+    "Gilbert": fixed(gilbert_order),
+    "cubes 4x4x4": fixed(lambda grid: cube_order(grid, (4, 4, 4))),
+    "cubes 4x4x4 along Gilbert": fixed(lambda grid: cube_order(grid, (4, 4, 4), along="gilbert")),
+    "cubes 1x8x8": fixed(lambda grid: cube_order(grid, (1, 8, 8))),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy.
+
+    Args:
+        name: unique.
+        settings: of ``MaskPolicy``; blocks of 64 and a quarter of their tokens as samples unless given.
+        section: the table it is reported in.
+        order: a key of ``ORDERS``.
+        sweep: settings of its further points, on top of ``settings``; the first point has these as they are.
+        reuse: levels are as old as this many steps. In captures all are; in a video they are chosen anew in every
+            ``reuse + 1``-th step.
+        base: the row that it changes in one thing, whose error its own is held against.
+        videos: whole videos are made with it too.
+    """
+
+    name: str
+    settings: Settings
+    section: str
+    order: str = "Gilbert"
+    sweep: tuple[Settings, ...] = ()
+    reuse: int = 0
+    base: str | None = None
+    videos: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy at one setting; ``index`` counts the points of its row."""
+
+    row: Row
+    index: int
+    policy: MaskPolicy = field(repr=False)
+
+
+def scaled(bounds: tuple[float, ...], *factors: float) -> tuple[Settings, ...]:
+    """A sweep over density: the bounds times each factor, at most 1."""
+    return tuple({"bounds": tuple(min(1.0, factor * bound) for bound in bounds)} for factor in factors)
+
+
+def quota(bounds: tuple[float, ...], **more: object) -> Settings:
+    return {"mode": "quota", "bounds": bounds, **more}
+
+
+def threshold(**more: object) -> Settings:
+    return {"mode": "threshold", "bounds": THRESHOLDS, **more}
+
+
+def tailed(**more: object) -> Settings:
+    return quota(TAILED, skip="mean", **more)
+
+
+FRONTIER, CHOICES, STEPS, ORDERING, DRAWS = (
+    "Policies", "One choice changed", "Levels of earlier steps", "Token order", "Other draws of the sample"
+)  # fmt: skip
+QUOTAS, WITH_TAIL, BY_THRESHOLD = "the paper's quotas", "quotas + tail", "the paper's thresholds"
+
+ROWS: tuple[Row, ...] = (
+    Row("everything at level 1", quota((1.0,)), FRONTIER, videos=True),
+    Row("level 1 alone", quota((0.15,)), FRONTIER, sweep=scaled((0.15,), 0.3, 0.6, 2, 3), videos=True),
+    Row(QUOTAS, quota(PAPER), FRONTIER, sweep=scaled(PAPER, 0.3, 0.6, 2, 3), videos=True),
+    Row(BY_THRESHOLD, threshold(), FRONTIER, sweep=scaled(THRESHOLDS, 0.4, 0.7, 1.2), videos=True),
+    Row("level 1 + tail", quota((0.14,), skip="mean"), FRONTIER, sweep=scaled((0.14,), 0.3, 0.6, 2, 3), videos=True),
+    Row(WITH_TAIL, tailed(), FRONTIER, sweep=scaled(TAILED, 0.3, 0.6, 2, 3), videos=True),
+    Row("thresholds + tail", threshold(skip="mean"), FRONTIER, sweep=scaled(THRESHOLDS, 0.4, 0.7, 1.2), videos=True),
+    Row("level 1 for 4% + tail", quota((0.04,), skip="mean"), CHOICES, base=QUOTAS, videos=True),
+    Row("quotas, mean", quota(PAPER, reduction="mean"), CHOICES, base=QUOTAS, videos=True),
+    Row("quotas + tail, mean", tailed(reduction="mean"), CHOICES, base=WITH_TAIL, videos=True),
+    Row("quotas, 8 samples", quota(PAPER, samples_q=8, samples_kv=8), CHOICES, base=QUOTAS),
+    Row("quotas, 32 samples", quota(PAPER, samples_q=32, samples_kv=32), CHOICES, base=QUOTAS),
+    Row("quotas + tail, 8 samples", tailed(samples_q=8, samples_kv=8), CHOICES, base=WITH_TAIL, videos=True),
+    Row("quotas + tail, 32 samples", tailed(samples_q=32, samples_kv=32), CHOICES, base=WITH_TAIL, videos=True),
+    Row("quotas + tail, antidiagonals", tailed(method="antidiagonal"), CHOICES, base=WITH_TAIL, videos=True),
+    Row("quotas + tail, blocks of 32", tailed(block_q=32, block_kv=32), CHOICES, base=WITH_TAIL, videos=True),
+    Row("quotas + tail, blocks of 128", tailed(block_q=128, block_kv=128), CHOICES, base=WITH_TAIL, videos=True),
+    Row("quotas, similarity cap", quota(PAPER, similarity_thresholds=SIMILARITY), CHOICES, base=QUOTAS, videos=True),
+    Row("thresholds, min_full .06", threshold(min_full=0.06), CHOICES, base=BY_THRESHOLD),
+    Row("thresholds, similarity cap", threshold(similarity_thresholds=SIMILARITY), CHOICES, base=BY_THRESHOLD),
+    Row("quotas + tail, 1 step old", tailed(), STEPS, reuse=1, base=WITH_TAIL, videos=True),
+    Row("quotas + tail, 3 steps old", tailed(), STEPS, reuse=3, base=WITH_TAIL, videos=True),
+    Row("quotas, 1 step old", quota(PAPER), STEPS, reuse=1, base=QUOTAS),
+    *(
+        Row(f"{base}, {order}", settings, ORDERING, order, base=base, videos=base == WITH_TAIL)
+        for base, settings in ((QUOTAS, quota(PAPER)), (WITH_TAIL, tailed()))
+        for order in ORDERS
+        if order != "Gilbert"
+    ),
+    *(
+        Row(f"{base}, seed {seed}", {**settings, "seed": seed}, DRAWS, base=base, videos=base == WITH_TAIL)
+        for base, settings in ((QUOTAS, quota(PAPER)), (WITH_TAIL, tailed()))
+        for seed in (1, 2, 3)
+    ),
+)
+
+
+def chosen(parts: list[str] | None) -> list[Row]:
+    """The rows whose name holds one of ``parts``, all of them without.
+
+    Raises:
+        ValueError: no row's name holds one of the parts.
+    """
+    for part in parts or ():
+        if not any(part in row.name for row in ROWS):
+            raise ValueError(
+                f"--policies must be part of a policy's name, got {part!r}; names: {[r.name for r in ROWS]}"
+            )
+    return [row for row in ROWS if not parts or any(part in row.name for part in parts)]
+
+
+def points(row: Row) -> Iterator[Point]:
+    """The row's points: its settings as they are, then those of its sweep."""
+    for index, settings in enumerate(({}, *row.sweep)):
+        policy = MaskPolicy(**{"block_q": BLOCK, "block_kv": BLOCK, **row.settings, **settings})
+        yield Point(row, index, policy)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """In which order tokens are taken, and at which level blocks of them are read."""
+
+    q_index: Tensor
+    kv_index: Tensor
+    levels: Tensor
+    layout: BlockLayout
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """``x`` ``[B, H, L, D]`` with its tokens in the order ``index``, int64 ``[L]`` or ``[B, H, L]``."""
+    return x.index_select(2, index) if index.ndim == 1 else x.gather(2, index[..., None].expand_as(x))
+
+
+def decide(point: Point, grid: VideoGrid, query: Tensor, key: Tensor) -> Decision:
+    """What the policy does with these queries and keys, ``[B, H, L, D]``."""
+    policy = point.policy
+    q_index, kv_index = ORDERS[point.row.order](grid, query, key)
+    layout = BlockLayout(
+        query.shape[2],
+        key.shape[2],
+        block_q=policy.block_q,
+        block_kv=policy.block_kv,
+        num_levels=policy.num_levels,
+    )
+    return Decision(q_index, kv_index, policy(take(query, q_index), take(key, kv_index)), layout)
+
+
+def attend(decision: Decision, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention as decided, in the tokens' own order."""
+    layout = decision.layout
+    out = pyramid_attention(
+        take(query, decision.q_index),
+        take(key, decision.kv_index),
+        take(value, decision.kv_index),
+        decision.levels,
+        block_q=layout.block_q,
+        block_kv=layout.block_kv,
+        num_levels=layout.num_levels,
+    )
+    assert isinstance(out, Tensor)
+    return take(out, torch.argsort(decision.q_index, dim=-1))

@@ -1,0 +1,311 @@
+"""The quality bench: its metrics on known answers, its fields, its hold on the tiny model, and its report."""
+
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import plot_quality
+import pytest
+import quality
+import quality_metrics
+import torch
+from lib.presets import make_preset
+from quality_capture import Inputs, Site, Size, capture, sample
+from quality_fields import Field, blur, make_inputs, smooth_field
+from quality_metrics import Case, block_mass, geometric_mean, interval, membership, psnr, spread, ssim
+from quality_policies import ORDERS, ROWS, Row, attend, chosen, decide, points
+from quality_report import fill, parts_of_page
+from quality_videos import PolicyAttention, Run, make_pairs
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from psa_integrations import apply_pyramid_sparse_attention
+from psa_integrations.tiny_wan import load_pipeline
+from psa_kernels import BlockLayout
+from psa_kernels.testing import assert_within_error_budget
+from psa_masks import VideoGrid
+
+ROOT = Path(__file__).parents[1]
+GRID = VideoGrid(frames=4, height=8, width=8)
+SMALL = Size(4, 32, 32)
+STEPS = 2
+
+
+def make_point(*, order="Gilbert", reuse=0, **settings):
+    row = Row("test", {"mode": "quota", "block_q": 32, "block_kv": 32, **settings}, "test", order=order, reuse=reuse)
+    return next(points(row))
+
+
+FULL, ONE_BLOCK = {"bounds": (1.0,)}, {"bounds": (0.0,)}
+
+
+@pytest.fixture
+def inputs():
+    return make_inputs(GRID, Field(1.0, 0.2, 1.5), batch=2, heads=2, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = load_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_everything_at_level_1_is_dense_in_every_order(inputs, monkeypatch):
+    def by_head(grid, query, key):
+        generator = torch.Generator().manual_seed(0)
+        q_index, kv_index = (torch.rand(key.shape[:3], generator=generator).argsort(dim=-1) for _ in range(2))
+        return q_index, kv_index
+
+    monkeypatch.setitem(ORDERS, "another for each head", by_head)
+    case = Case(inputs, GRID)
+    exact = Case(Inputs(0, 0, *(x.double() for x in (inputs.query, inputs.key, inputs.value))), GRID)
+    ref64 = torch.nn.functional.scaled_dot_product_attention(exact.inputs.query, exact.inputs.key, exact.inputs.value)
+    for order in ORDERS:
+        point = make_point(order=order, **FULL)
+        out = attend(decide(point, GRID, inputs.query, inputs.key), inputs.query, inputs.key, inputs.value)
+        assert_within_error_budget(out, ref64, case.dense)
+        found = case.measure(point)
+        assert (found.density == 1).all()
+        # The mass is a sum of 256 rows' sums, each of which rounding leaves a few units from 1.
+        assert_within_error_budget(
+            found.mass, torch.ones(2, dtype=torch.float64), torch.ones(2), input_dtype=torch.half
+        )
+        assert (found.error < 1e-5).all()
+
+
+def test_one_block_a_row_is_softmax_over_that_block(inputs):
+    point = make_point(order="as they are", **ONE_BLOCK)
+    found = Case(inputs, GRID).measure(point)
+    query, key, value = (x.double() for x in (inputs.query, inputs.key, inputs.value))
+    logits = query @ key.mT / 4.0
+    kept = decide(point, GRID, inputs.query, inputs.key).levels.repeat_interleave(32, 2).repeat_interleave(32, 3) == 1
+    assert (kept.sum(dim=-1) == 32).all()
+    dense = logits.softmax(dim=-1)
+    out = logits.masked_fill(~kept, -math.inf).softmax(dim=-1) @ value
+    error = (out - dense @ value).flatten(1).norm(dim=1) / (dense @ value).flatten(1).norm(dim=1)
+    mass = (dense * kept).sum(dim=-1).mean(dim=(1, 2))
+    torch.testing.assert_close(found.error.double(), error, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.mass.double(), mass, rtol=1e-4, atol=0)
+    assert found.density.tolist() == [1 / 8, 1 / 8]
+
+
+def test_block_mass_of_short_last_blocks(inputs, monkeypatch):
+    query, key = inputs.query[:, :, :77], inputs.key[:, :, :45]
+    layout = BlockLayout(77, 45, block_q=32, block_kv=16)
+    mass = block_mass(query, key, layout)
+    dense = (query.double() @ key.double().mT / 4.0).softmax(dim=-1) / 77
+    expected = torch.stack([part.sum(dim=2) for part in dense.split(32, dim=2)], dim=2)
+    expected = torch.stack([part.sum(dim=3) for part in expected.split(16, dim=3)], dim=3)
+    torch.testing.assert_close(mass.double(), expected)
+    monkeypatch.setattr(quality_metrics, "LARGEST_SCORES", 4 * 45 * 10)
+    torch.testing.assert_close(block_mass(query, key, layout), mass)
+    assert membership(45, 16, torch.device("cpu")).sum(dim=0).tolist() == [16, 16, 13]
+
+
+def test_levels_of_another_step_are_used(inputs):
+    point = make_point(**ONE_BLOCK)
+    case = Case(inputs, GRID)
+    other = make_inputs(GRID, Field(1.0, 0.2, 1.5), batch=2, heads=2, head_dim=16, seed=1)
+    now, same = case.measure(point), case.measure(point, inputs)
+    assert torch.equal(now.error, same.error)
+    worse = case.measure(point, Inputs(-1, 0, other.query, other.key, other.value))
+    assert (worse.error > now.error).all()
+    assert (worse.mass < now.mass).all()
+
+
+def test_spread_of_even_and_of_single_minded_attention():
+    even = spread(torch.zeros(1, 1, 8, 4), torch.randn(1, 1, 100, 4, generator=torch.Generator().manual_seed(0)))
+    assert even == pytest.approx({"effective": 1.0, "top5": 0.05, "top15": 0.15}, rel=1e-5)
+    key = torch.zeros(1, 1, 100, 4)
+    key[..., 17, :] = 100.0
+    assert spread(torch.ones(1, 1, 8, 4), key) == pytest.approx({"effective": 0.01, "top5": 1.0, "top15": 1.0})
+
+
+def test_errors_are_averaged_by_their_logarithms():
+    assert geometric_mean([torch.tensor([0.1, 0.0]), torch.tensor([0.4, 0.0])])[0] == pytest.approx(0.2)
+
+
+def test_psnr_and_ssim_are_those_of_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.rand(2, 3, 3, 24, 17, generator=generator)
+    video = (reference + 0.1 * torch.randn(reference.shape, generator=generator)).clamp(0, 1)
+
+    def theirs(dtype):
+        pairs = [(a.to(dtype), b.to(dtype)) for a, b in zip(video, reference, strict=True)]
+        by_psnr = torch.stack([peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in pairs])
+        by_ssim = torch.stack([structural_similarity_index_measure(a, b, data_range=1.0) for a, b in pairs])
+        return by_psnr, by_ssim
+
+    ours = psnr(video, reference), ssim(video, reference)
+    for value, ref64, low in zip(ours, theirs(torch.float64), theirs(torch.float32), strict=True):
+        assert_within_error_budget(value, ref64, low)
+    assert psnr(reference, reference).tolist() == [quality_metrics.MAX_PSNR] * 2
+    with pytest.raises(ValueError, match="at least 11 pixels"):
+        ssim(video[..., :10], reference[..., :10])
+
+
+def test_interval_is_as_wide_as_the_standard_error_says():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, low, high = interval(values.tolist())
+    assert mean == pytest.approx(values.mean())
+    assert low < mean < high
+    assert (high - low) / (2 * 1.96 * values.std() / 20) == pytest.approx(1.0, abs=0.1)
+    assert interval([3.0] * 9) == (3.0, 3.0, 3.0)
+    assert interval([1.0, 3.0]) == (2.0, 2.0, 2.0)  # too few to resample
+    with pytest.raises(ValueError, match="must not be empty"):
+        interval([])
+
+
+def neighbours(x):
+    """Correlation of tokens next to each other along each axis of the grid."""
+    x = x.unflatten(-1, GRID.shape)
+    axes = zip((-3, -2, -1), GRID.shape, strict=True)
+    return [float((x.narrow(a, 0, n - 1) * x.narrow(a, 1, n - 1)).mean()) for a, n in axes]
+
+
+def test_fields_are_as_smooth_and_noisy_as_they_are_set_to():
+    def field(smoothness, noise):
+        return smooth_field(GRID, (2000,), Field(smoothness, noise, 1.0), torch.Generator().manual_seed(0))
+
+    seen = {(s, n): neighbours(field(s, n)) for s in (0.0, 1.0, 2.0) for n in (0.0, 0.5, 1.0)}
+    for (smoothness, noise), correlations in seen.items():
+        assert field(smoothness, noise).var() == pytest.approx(1.0, abs=0.05)
+        if smoothness == 0.0 or noise == 1.0:
+            assert correlations == pytest.approx([0.0] * 3, abs=0.01)
+        else:
+            # Not exact at the edges, nor for a blur that reaches across the 4 frames.
+            expected = (1 - noise) * math.exp(-1 / (4 * smoothness**2))
+            assert correlations == pytest.approx([expected] * 3, abs=0.1)
+    for noise in (0.0, 0.5):
+        rising = [sum(seen[s, noise]) for s in (0.0, 1.0, 2.0)]
+        assert rising == sorted(rising)
+    torch.testing.assert_close(blur(9, 1.5).square().sum(dim=1), torch.ones(9))
+
+
+def test_fields_of_one_seed_are_the_same_and_as_sharp_as_set():
+    sharp, again = (make_inputs(GRID, Field(0.0, 0.0, 2.0), heads=2) for _ in range(2))
+    assert all(torch.equal(getattr(sharp, name), getattr(again, name)) for name in ("query", "key", "value"))
+    assert not torch.equal(sharp.query, make_inputs(GRID, Field(0.0, 0.0, 2.0), heads=2, seed=1).query)
+    logits = sharp.query @ sharp.key.mT / 8.0
+    own = torch.eye(GRID.video_len, dtype=torch.bool)
+    assert logits[..., ~own].std() == pytest.approx(2.0, rel=0.05)
+    assert logits[..., own].mean() == pytest.approx(2.0 * 0.5 * 8.0, rel=0.05)  # sharpness, ALIKE, sqrt(D)
+    calm = make_inputs(GRID, Field(0.0, 0.0, 0.5), heads=2)
+    assert spread(calm.query, calm.key)["effective"] > 2 * spread(sharp.query, sharp.key)["effective"]
+
+
+@pytest.mark.parametrize("setting", [(-1.0, 0.0, 1.0), (1.0, 1.5, 1.0), (1.0, 0.0, math.nan)])
+def test_a_field_out_of_range_is_refused(setting):
+    with pytest.raises(ValueError, match="must be"):
+        Field(*setting)
+
+
+def test_every_row_of_the_table_is_a_policy():
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names)
+    for row in ROWS:
+        assert row.order in ORDERS
+        assert row.base is None or row.base in names
+        found = list(points(row))
+        assert [point.index for point in found] == list(range(len(row.sweep) + 1))
+    with pytest.raises(ValueError, match="part of a policy's name, got 'nothing like it'"):
+        chosen(["nothing like it"])
+
+
+def test_the_model_is_held_at_every_self_attention_and_nowhere_else(pipeline):
+    pairs = make_pairs(2)
+    sites = []
+
+    def watch(site, query, key, value, dense):
+        sites.append(site)
+        assert query.shape == key.shape == (2, 4, SMALL.grid.seq_len, 64)
+        return dense()
+
+    video = sample(pipeline, pairs, size=SMALL, steps=STEPS, attend=watch)
+    layers = pipeline.transformer.config.num_layers
+    assert sites == [Site(s, f, layer) for s in range(STEPS) for f in range(2) for layer in range(layers)]
+    plain = pipeline(
+        [prompt for prompt, _ in pairs],
+        num_frames=4, height=32, width=32, num_inference_steps=STEPS,
+        generator=[torch.Generator().manual_seed(seed) for _, seed in pairs], output_type="pt",
+    ).frames  # fmt: skip
+    assert torch.equal(video, plain)
+
+    caught = capture(pipeline, pairs, [0], size=SMALL, steps=STEPS)
+    assert sorted(caught) == [(0, layer) for layer in range(layers)]
+    assert caught[0, 1].query.shape == (2, 4, SMALL.grid.seq_len, 64)
+
+
+def test_a_policy_in_a_video_is_what_the_integration_does(pipeline):
+    bounds = (0.25, 0.5, 0.5, 0.75)
+    preset = make_preset(bounds, warmup_steps=1, skip="mean")
+    point = make_point(bounds=bounds, skip="mean")
+    pairs = make_pairs(1)
+
+    def by_preset(pipeline):
+        with apply_pyramid_sparse_attention(pipeline, preset) as handle:
+            return sample(pipeline, pairs, size=SMALL, steps=STEPS), handle.stats()
+
+    attention = PolicyAttention(point, Run(SMALL, STEPS, 1, 1))
+    video = sample(pipeline, pairs, size=SMALL, steps=STEPS, attend=attention)
+    low, stats = by_preset(pipeline)
+    exact_pipeline = load_pipeline(dtype=torch.float64)
+    exact_pipeline.set_progress_bar_config(disable=True)
+    ref64, _ = by_preset(exact_pipeline)
+    assert_within_error_budget(video, ref64.double(), low)
+    sparse, whole = attention.densities()
+    assert float(whole.mean()) == pytest.approx(stats.density)
+    assert float(sparse.mean()) == pytest.approx(stats.density_per_step()[1])
+
+
+@pytest.mark.parametrize("reuse", [0, 1])
+def test_levels_in_a_video_are_as_old_as_the_row_says(inputs, reuse):
+    point = make_point(reuse=reuse, **ONE_BLOCK)
+    size = Size(4, 32, 32)
+    attention = PolicyAttention(point, Run(size, 4, 1, 2))
+    later = make_inputs(GRID, Field(1.0, 0.2, 1.5), batch=2, heads=2, head_dim=16, seed=1)
+    dense = torch.zeros(())
+    assert attention(Site(0, 0, 0), inputs.query, inputs.key, inputs.value, lambda: dense) is dense
+    attention(Site(1, 0, 0), inputs.query, inputs.key, inputs.value, lambda: dense)
+    out = attention(Site(2, 0, 0), later.query, later.key, later.value, lambda: dense)
+    seen = inputs if reuse else later
+    expected = attend(decide(point, GRID, seen.query, seen.key), later.query, later.key, later.value)
+    assert torch.equal(out, expected)
+    sparse, whole = attention.densities()
+    assert sparse.tolist() == [1 / 8, 1 / 8]
+    assert whole.tolist() == pytest.approx([(1 + 2 / 8) / 3] * 2)
+
+
+def test_a_run_from_command_to_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "FIELDS", quality.FIELDS[:2])
+    small = "--size 2 16 16 --grid 2 8 8 --prompts 1 --draws 1 --pairs 1 --steps 2 --warmup 1"
+    parts = [word for part in quality.PARTS for word in ("--part", part)]
+    only = ["--policies", "level 1 + tail", "--policies", "level 1 for 4%"]
+    options = quality.arguments([*small.split(), *parts, *only, "--json", str(tmp_path / "found.json")])
+    quality.run(options)
+    results = plot_quality.merged([tmp_path / "found.json"])
+    assert sorted(results) == ["attention", "fields", "videos"]
+    assert [one["row"] for one in results["attention"]["found"]] == ["level 1 + tail"] * 5 + ["level 1 for 4% + tail"]
+    assert all(0 < one["density"] <= 1 for one in results["attention"]["found"])
+    page = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("spread", "attention", "fields", "videos"))
+    filled = fill(page, parts_of_page(results, ROWS))
+    assert "old" not in filled
+    assert filled.count("| level 1 + tail |") == 5 + 1 + 5
+    for draw, name in ((plot_quality.draw_attention, "attention"), (plot_quality.draw_fields, "fields")):
+        ElementTree.fromstring(draw(results[name], ROWS))
+
+
+def test_a_page_without_markers_is_refused():
+    with pytest.raises(ValueError, match="must have <!-- spread -->"):
+        fill("no markers", {"spread": "text"})
+
+
+def test_the_page_and_plots_are_those_of_the_committed_numbers():
+    results = plot_quality.merged(sorted((ROOT / "benchmarks/results").glob("quality_*.json")))
+    page = (ROOT / "docs/quality.md").read_text()
+    assert fill(page, parts_of_page(results, ROWS)) == page
+    for name, draw in plot_quality.DRAW.items():
+        drawn = (ROOT / f"docs/quality-{name}.svg").read_text()
+        ElementTree.fromstring(drawn)
+        assert draw(results[name], ROWS) == drawn
+        assert f"quality-{name}.svg" in page
