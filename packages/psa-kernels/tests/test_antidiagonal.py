@@ -273,6 +273,7 @@ def test_on_a_gpu_equals_oracle(reduction):
         (r"samples_kv must divide block_kv 32 with method 'antidiagonal', got 5", {"samples_kv": 5}),
         (r"must equal block_kv / samples_kv with .*got 32 / 8 and 32 / 4", {"samples_kv": 4}),
         (r"impl='triton' of block_importance has method 'sampled' only, got 'antidiagonal'", {"impl": "triton"}),
+        (r"reduction='error' of block_importance needs method 'sampled', got 'antidiag", {"reduction": "error"}),
         (r"impl must be one of", {"impl": "cuda"}),
     ],
 )

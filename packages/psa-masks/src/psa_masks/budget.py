@@ -57,16 +57,16 @@ def levels_by_budget(
     budget allows. It is found by searching the bits of a float, with the scores sorted once. Steps that tie at t are
     taken coarse before fine, then by position, as far as the budget goes.
 
-    No other map of the same work has a smaller sum of squared errors. Guarantee, for each head (or layer), with the
+    Of blocks of one size no other map of the same work has a smaller sum of squared errors. Guarantee, for each head (or layer), with the
     *least* what every map must cost (the means of skipped blocks, and level 1 for ``full``, ``min_full`` and the
     largest block of each row): the executed density is at most the larger of ``density`` and the least, and unless all
-    is level 1 or the least is more, what is left of the budget is less than one block's work. It is the number of
+    is level 1 or the least is more, what is left of the budget is less than the work of one block pair. It is the number of
     ``psa_masks.density``; a density is met up to the rounding of a float (2^-50 of it).
 
     Args:
         importance: floating point ``[B, H, num_q_blocks, num_kv_blocks]``, finite and not negative (not checked: that
             would wait for the device), read in float32. A score for each key of the block, as ``block_importance``
-            gives, so that a short block of half the keys costs half as much, and has half as much to lose.
+            gives: a short block is ranked as a whole one of its score, and costs what it costs.
         density: executed over dense work, in (0, 1]; with ``skip="mean"`` at least what the means cost.
         num_levels: levels 1..num_levels are chosen from, 1 to 9.
         skip: what becomes of the other blocks: ``"drop"`` leaves them out, ``"mean"`` reads each as one row, at level
