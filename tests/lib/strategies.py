@@ -62,6 +62,7 @@ def policies(
     coarsest = block_kv.bit_length()
     samples_q, samples_kv = st.none() | st.integers(1, block_q), st.none() | st.integers(1, block_kv)
     method = draw(st.sampled_from(["sampled", "antidiagonal"]))
+    reductions = ["max", "mean"] if method == "antidiagonal" else ["max", "mean", "error"]
     if method == "antidiagonal":  # groups of as many queries as keys
         group = 1 << draw(st.integers(0, min(block_q, block_kv).bit_length() - 1))
         samples_q, samples_kv = st.just(block_q // group), st.just(block_kv // group)
@@ -76,7 +77,7 @@ def policies(
         samples_q=draw(samples_q),
         samples_kv=draw(samples_kv),
         method=method,
-        reduction=draw(st.sampled_from(["max", "mean"])),
+        reduction=draw(st.sampled_from(reductions)),
         similarity_thresholds=draw(caps),
         protected=draw(ranges(length=kv_len)),
         diagonal=draw(st.booleans()),

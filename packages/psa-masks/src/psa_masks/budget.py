@@ -14,9 +14,12 @@ from psa_kernels.layout import existing_keys
 from psa_masks import checks
 from psa_masks.constraints import coarsest_level
 
-# Relative error of a block read at level 2, 3, .., where a skipped one has 1: on the tiny video model's attention, the
-# root mean square over blocks (README). Pooling by 2 already loses half, as neighbouring keys differ.
-_ERRORS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
+# Error of a block read at level 2, 3, .. over that of its mean: the root mean square over blocks of 64 in the attention
+# of the tiny video model (README). Pooling by 2 already makes half of it, as neighbouring keys differ.
+_ERRORS = (0.5, 0.7, 0.8, 0.9, 0.97, 0.98, 0.99, 0.995)
+# Error of a block's mean over that of leaving it out. Block by block it is little less; but what is left out is always
+# missing from the sum of weights, so that such errors add up where others cancel.
+_MEAN_OVER_DROPPED = 0.4
 
 # Without a layout every block counts alike; any power of two that all pools divide does for its length.
 _UNIFORM_BLOCK = 1 << 20
@@ -57,11 +60,12 @@ def levels_by_budget(
     budget allows. It is found by searching the bits of a float, with the scores sorted once. Steps that tie at t are
     taken coarse before fine, then by position, as far as the budget goes.
 
-    Of blocks of one size no other map of the same work has a smaller sum of squared errors. Guarantee, for each head (or layer), with the
-    *least* what every map must cost (the means of skipped blocks, and level 1 for ``full``, ``min_full`` and the
-    largest block of each row): the executed density is at most the larger of ``density`` and the least, and unless all
-    is level 1 or the least is more, what is left of the budget is less than the work of one block pair. It is the number of
-    ``psa_masks.density``; a density is met up to the rounding of a float (2^-50 of it).
+    Of blocks of one size no other map of the same work has a smaller sum of squared errors.
+
+    Guarantee, for each head (or layer): let the *least* be what every map must cost, the means of skipped blocks and
+    level 1 for ``full``, ``min_full`` and the largest block of each row. The executed density, the number of
+    ``psa_masks.density``, is at most the larger of ``density`` and the least. Unless all is level 1, or the least is
+    more, what is left of the budget is less than the work of one block pair. Up to the rounding of a float (2^-50).
 
     Args:
         importance: floating point ``[B, H, num_q_blocks, num_kv_blocks]``, finite and not negative (not checked: that
@@ -71,7 +75,8 @@ def levels_by_budget(
         num_levels: levels 1..num_levels are chosen from, 1 to 9.
         skip: what becomes of the other blocks: ``"drop"`` leaves them out, ``"mean"`` reads each as one row, at level
             ``log2(block_kv) + 1``, which is paid for out of the budget and needs a layout.
-        errors: c_h of levels 2..num_levels, in (0, 1], not decreasing; None is what a trained model showed.
+        errors: c_h of levels 2..num_levels, in (0, 1], not decreasing; None is 0.5, 0.7, 0.8, .. with
+            ``skip="mean"`` and 0.4 of these with ``"drop"``, from a trained model (README).
         share: ``"head"``, each head spends ``density``, or ``"layer"``, the heads of a sample share one budget.
         min_full: at least ``ceil(num_kv_blocks * min_full)`` blocks of each row are level 1, at least one anyway.
         full: bool, broadcast to the map: pairs at level 1 whatever their score, paid for first.
@@ -137,7 +142,15 @@ class _Work(NamedTuple):
 
 
 def _spend(scores: Tensor, work: list[_Work], steps: list[_Step], rest: int, budget: Tensor) -> Tensor:
-    """int8 levels ``[rows, pairs]``: in each row the steps of highest gain that ``budget`` (int64 ``[rows, 1]``) pays."""
+    """int8 levels ``[rows, pairs]``: in each row the steps of highest gain that its budget pays.
+
+    Args:
+        scores: float32 ``[rows, pairs]``.
+        work: pairs by the keys of their KV block; a pair in none of them costs nothing.
+        steps: from coarse to fine.
+        rest: the level before any step.
+        budget: int64 ``[rows, 1]``, in products of a query and a key.
+    """
     negative, order = (-scores).sort(dim=-1, stable=True)
     # Of the pairs sorted by falling score: the queries before each, once for each number of keys.
     before = [torch.nn.functional.pad(part.queries.gather(-1, order).cumsum(-1), (1, 0)) for part in work]
@@ -170,7 +183,9 @@ def _spend(scores: Tensor, work: list[_Work], steps: list[_Step], rest: int, bud
     by_rank = torch.full(scores.shape, rest, dtype=torch.int8, device=scores.device)
     stopped = torch.zeros_like(budget, dtype=torch.bool)
     for step, first, last, price in zip(steps, certain, tied, prices, strict=True):
-        spent = sum(rows * queries for queries, rows in zip(before, price, strict=True))
+        spent = before[0] * price[0]
+        for queries, rows in zip(before[1:], price[1:], strict=True):
+            spent = spent + queries * rows
         paid = spent.gather(-1, first)
         affordable = torch.searchsorted(spent, paid + budget, right=True) - 1
         count = torch.where(stopped, first, torch.minimum(affordable, last))
@@ -189,12 +204,18 @@ def _steps(block_kv: int, num_levels: int, rest: int, errors: Sequence[float] | 
             f"num_levels must be at most {min(coarsest, checks.MAX_BOUNDS)}, of which block_kv {block_kv} has "
             f"{coarsest}, got {num_levels}"
         )
-    relative = _ERRORS[: num_levels - 1] if errors is None else checks.errors(errors)
+    if errors is None:
+        scale = 1.0 if rest else _MEAN_OVER_DROPPED
+        relative = tuple(error * scale for error in _ERRORS[: num_levels - 1])
+    else:
+        relative = checks.errors(errors)
     if len(relative) != num_levels - 1:
         raise ValueError(f"errors must be of levels 2..num_levels, {num_levels - 1} numbers, got {len(relative)}")
     # Level, work, squared error: from the most work to the least. Where a block of `rest` is the coarsest of the
     # chosen ones, it is that.
-    ends = [(level, 2.0 ** (1 - level), error * error) for level, error in enumerate((0.0, *relative), 1) if level != rest]
+    ends = [
+        (level, 2.0 ** (1 - level), error * error) for level, error in enumerate((0.0, *relative), 1) if level != rest
+    ]
     ends.append((rest, 2.0 ** (1 - rest) if rest else 0.0, 1.0))
     hull: list[tuple[int, float, float]] = []
     for end in ends:
@@ -241,9 +262,7 @@ def _rows(keys: Tensor, level: int) -> Tensor:
 def _scores(importance: object, layout: BlockLayout | None) -> Tensor:
     scores = checks.importance(importance)
     if scores.ndim != 4 or 0 in scores.shape[2:]:
-        raise ValueError(
-            f"importance must have shape [B, H, num_q_blocks, num_kv_blocks], got {list(scores.shape)}"
-        )
+        raise ValueError(f"importance must have shape [B, H, num_q_blocks, num_kv_blocks], got {list(scores.shape)}")
     if layout is not None:
         checks.block_layout(layout)
         if tuple(scores.shape[2:]) != (layout.num_q_blocks, layout.num_kv_blocks):

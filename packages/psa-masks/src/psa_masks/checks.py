@@ -82,8 +82,8 @@ def errors(value: object) -> tuple[float, ...]:
 
 def share(name: str, value: object) -> float:
     """``value`` as a float in (0, 1]."""
-    number = real(name, value, 0.0, 1.0)
-    if number == 0.0:
+    number = real(name, value, -math.inf, math.inf)
+    if not 0.0 < number <= 1.0:
         raise ValueError(f"{name} must be in (0, 1], got {value!r}")
     return number
 
