@@ -106,8 +106,7 @@ def test_the_presets_of_our_own_spend_a_density(model: str) -> None:
     assert (quality.mask_mode, quality.mask_ratios, quality.skip) == ("budget", None, "mean")
     assert (quality.importance_method, quality.importance_reduction) == ("sampled", "error")
     assert (quality.density, quality.use_rearrange) == (0.15, True)
-    # Text is read in full out of the same density.
-    assert fast.density == (0.08 if GEOMETRY[model][1] else 0.06)
+    assert fast.density == 0.1
     assert fast.model_copy(update={"density": 0.15, "description": quality.description}) == quality
     assert quality.warmup_steps == balanced.warmup_steps
 

@@ -259,10 +259,8 @@ class PyramidSparseAttention(_Form):
         problems: list[tuple[Path, str]] = []
         if self.mask_ratios is None:
             problems.append((("mask_ratios",), f"missing, expected a mapping with mask_mode {self.mask_mode}"))
-        for key in ("density", "budget_per"):
-            if key in self.model_fields_set:
-                problems.append(((key,), f"given with mask_mode {self.mask_mode}, expected it with budget alone"))
-        return problems
+        message = f"given with mask_mode {self.mask_mode}, expected it with budget alone"
+        return problems + [((key,), message) for key in ("density", "budget_per") if key in self.model_fields_set]
 
     def _budget_problems(self) -> list[tuple[Path, str]]:
         """What the budget lacks, or has too much."""
