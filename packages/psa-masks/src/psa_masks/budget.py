@@ -172,8 +172,8 @@ def _spend(scores: Tensor, work: list[_Work], steps: list[_Step], rest: int, bud
 
     # The highest threshold that costs too much, as far as is known; 0 stands in where none does.
     bits = torch.zeros_like(budget)
-    for shift in (24, 16, 8, 0):
-        tried = bits + (torch.arange(1, 256, device=bits.device) << shift)
+    for shift, parts in ((20, 2048), (10, 1024), (0, 1024)):
+        tried = bits + (torch.arange(1, parts, device=bits.device) << shift)
         too_much = (cost(taken(tried.clamp(max=_INFINITY_BITS))) > budget) & (tried < _INFINITY_BITS)
         bits += too_much.sum(-1, keepdim=True) << shift
 
