@@ -62,21 +62,32 @@ def policies(
     coarsest = block_kv.bit_length()
     samples_q, samples_kv = st.none() | st.integers(1, block_q), st.none() | st.integers(1, block_kv)
     method = draw(st.sampled_from(["sampled", "antidiagonal"]))
+    reductions = ["max", "mean"] if method == "antidiagonal" else ["max", "mean", "error"]
     if method == "antidiagonal":  # groups of as many queries as keys
         group = 1 << draw(st.integers(0, min(block_q, block_kv).bit_length() - 1))
         samples_q, samples_kv = st.just(block_q // group), st.just(block_kv // group)
     caps = st.none() if coarsest == 1 else st.none() | similarity_thresholds(most=coarsest - 1)
+    skip = draw(st.sampled_from(skips))
+    mode = draw(st.sampled_from(["threshold", "quota", "budget"]))
+    if mode == "budget" and (skip == "drop" or block_kv > 1):
+        caps = st.none()
+        least = 0.0 if skip == "drop" else -(-kv_len // block_kv) / kv_len  # what the means cost
+        density = min(1.0, max(draw(shares()), least) + 0.01)
+        rule = {"density": density, "share": draw(st.sampled_from(["head", "layer"]))}
+    else:
+        mode = "quota" if mode == "budget" else mode
+        rule = {"bounds": draw(bounds(most=coarsest))}
     return MaskPolicy(
-        mode=draw(st.sampled_from(["threshold", "quota"])),
-        bounds=draw(bounds(most=coarsest)),
+        mode=mode,
+        **rule,
         block_q=block_q,
         block_kv=block_kv,
-        skip=draw(st.sampled_from(skips)),
+        skip=skip,
         min_full=draw(st.just(0.0) | shares()),
         samples_q=draw(samples_q),
         samples_kv=draw(samples_kv),
         method=method,
-        reduction=draw(st.sampled_from(["max", "mean"])),
+        reduction=draw(st.sampled_from(reductions)),
         similarity_thresholds=draw(caps),
         protected=draw(ranges(length=kv_len)),
         diagonal=draw(st.booleans()),

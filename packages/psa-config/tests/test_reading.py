@@ -186,7 +186,8 @@ def test_unknown_preset() -> None:
         load_presets().get("CogVideo_5b", "psa_4step")
     assert str(caught.value).endswith(
         'CogVideo_5b: no preset "psa_4step", '
-        'expected "psa_balanced", "psa_tail", "psa_4steps" or "baseline", did you mean "psa_4steps"?'
+        'expected "psa_balanced", "psa_tail", "psa_4steps", "psa_quality", "psa_fast" or "baseline", '
+        'did you mean "psa_4steps"?'
     )
 
 

@@ -20,9 +20,11 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "yaml", "python", "yaml", "console", "yaml"]
+    assert [language for language, _ in blocks] == ["python", "yaml", "python", "yaml", "yaml", "console", "yaml"]
     Path("my_presets.yaml").write_text(blocks[1][1])
-    Path("my_model.yaml").write_text(blocks[3][1])
+    Path("my_budget.yaml").write_text(blocks[3][1])
+    assert load_presets("my_budget.yaml").get("CogVideo_5b").attention.density == 0.1
+    Path("my_model.yaml").write_text(blocks[4][1])
     assert load_presets("my_model.yaml").get("my_model").name == "sparse"
     for language, code in blocks:
         if language == "python":

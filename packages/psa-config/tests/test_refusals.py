@@ -77,7 +77,7 @@ MISTAKES = [
         "thresholdbound",
         "^threshold_bound",
         f"{B}.mask_mode",
-        'got "threshold_bound", expected "thresholdbound" or "topk", did you mean "thresholdbound"?',
+        'got "threshold_bound", expected "thresholdbound", "topk" or "budget", did you mean "thresholdbound"?',
     ),
     ("warmup_steps: 12", "skip: ^tail", f"{B}.skip", 'got "tail", expected "drop" or "mean"'),
     (
@@ -253,6 +253,19 @@ MISTAKES = [
         f"{B}.samples.q",
         "1 makes groups of 128 tokens, expected 4 as samples.kv does, for antidiagonals",
     ),
+    (
+        "warmup_steps: 12",
+        "importance_method: antidiagonal\n      importance_reduction: ^error",
+        f"{B}.importance_reduction",
+        'got "error", expected "max" or "mean" with importance_method antidiagonal',
+    ),
+    ("warmup_steps: 12", "density: ^15", f"{B}.density", "got 15, expected a number from 0 to 1, did you mean 0.15?"),
+    (
+        "warmup_steps: 12",
+        "density: ^0.15",
+        f"{B}.density",
+        "given with mask_mode thresholdbound, expected it with budget alone",
+    ),
 ]
 
 
@@ -263,6 +276,53 @@ def test_one_mistake(problems: Problems, form: str, old: str, new: str, path: st
     (problem,) = [problem for problem in problems(marked.replace("^", "")) if problem.path == path]
     assert (problem.line, problem.column) == (len(before), len(before[-1]) + 1)
     assert re.fullmatch(message.replace("?", "\\?"), problem.message), problem.message
+
+
+def as_budget(form: str, settings: str) -> str:
+    """The form with a budget in place of the ranges, and further settings."""
+    start, end = form.index("      mask_ratios:"), form.index("      warmup_steps")
+    return f"{form[:start]}      mask_mode: budget\n      {settings}\n{form[end:]}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        ("skip: mean", "density", "missing, expected a number from 0 to 1 with mask_mode budget"),
+        ("density: ^0", "density", "got 0.0, expected more than 0"),
+        (
+            "density: ^0.0156\n      skip: mean",
+            "density",
+            "got 0.0156, expected more than 0.015625, what the means of all blocks cost",
+        ),
+        (
+            "density: 0.1\n      mask_ratios: ^{1: [0, 0.1]}",
+            "mask_ratios",
+            "given with mask_mode budget, expected density alone",
+        ),
+        (
+            "density: 0.1\n      use_sim_mask: ^true",
+            "use_sim_mask",
+            "got true, expected false with mask_mode budget, which the finer levels would exceed",
+        ),
+        ("density: 0.1\n      budget_per: ^heads", "budget_per", 'got "heads", expected "head" or "layer", .*'),
+    ],
+)
+def test_a_budget_that_cannot_be(problems: Problems, form: str, settings: str, key: str, message: str) -> None:
+    marked = as_budget(form, settings)
+    (problem,) = problems(marked.replace("^", ""))
+    assert problem.path == f"{B}.{key}"
+    assert re.fullmatch(message, problem.message), problem.message
+    if "^" in marked:
+        before = marked[: marked.index("^")].split("\n")
+        assert (problem.line, problem.column) == (len(before), len(before[-1]) + 1)
+    else:  # what is missing stands at its parent
+        assert form.split("\n")[(problem.line or 0) - 1] == "    balanced:"
+
+
+def test_ranges_are_missed_where_there_is_no_budget(problems: Problems, form: str) -> None:
+    (problem,) = problems(as_budget(form, "").replace("mask_mode: budget", "mask_mode: topk"))
+    assert problem.path == R
+    assert problem.message == "missing, expected a mapping with mask_mode topk"
 
 
 def test_all_mistakes_of_a_file_at_once(problems: Problems, form: str) -> None:

@@ -54,6 +54,7 @@ def test_published_figures(
     attention = pyramid(model, name)
     assert (attention.block_size.m, attention.block_size.n, attention.block_size.tile_n) == (128, n, 32)
     assert attention.mask_mode == mode
+    assert attention.mask_ratios is not None
     assert attention.mask_ratios.bounds == bounds
     assert attention.mask_ratios.skipped == (bounds[-1], 1.0)
     assert (attention.warmup_steps, attention.cooldown_steps) == (warmup, 0)
@@ -88,7 +89,8 @@ def test_every_model_and_preset_is_in_the_tables() -> None:
     named = {(model, name) for model, name, *_ in PUBLISHED}
     named |= {(model, "psa_balanced") for model in ("tiny-wan", "Qwen2.5-VL_7b")}
     shipped = {(model, name) for model in book.models for name in book.presets(model)}
-    assert shipped == named | {(model, name) for model in GEOMETRY for name in ("baseline", "psa_tail")}
+    ours = ("baseline", "psa_tail", "psa_quality", "psa_fast")
+    assert shipped == named | {(model, name) for model in GEOMETRY for name in ours}
 
 
 @pytest.mark.parametrize("model", GEOMETRY)
@@ -107,6 +109,17 @@ def test_the_tail_preset_is_the_balanced_one_with_means(model: str) -> None:
     tail, balanced = pyramid(model, "psa_tail"), pyramid(model, "psa_balanced")
     assert tail.skip == "mean"
     assert tail.model_copy(update={"skip": "drop", "description": balanced.description}) == balanced
+
+
+@pytest.mark.parametrize("model", GEOMETRY)
+def test_the_presets_of_our_own_spend_a_density(model: str) -> None:
+    quality, fast, balanced = (pyramid(model, name) for name in ("psa_quality", "psa_fast", "psa_balanced"))
+    assert (quality.mask_mode, quality.mask_ratios, quality.skip) == ("budget", None, "mean")
+    assert (quality.importance_method, quality.importance_reduction) == ("sampled", "error")
+    assert (quality.density, quality.use_rearrange) == (0.15, True)
+    assert fast.density == 0.1
+    assert fast.model_copy(update={"density": 0.15, "description": quality.description}) == quality
+    assert quality.warmup_steps == balanced.warmup_steps
 
 
 def test_one_file_a_model_named_after_it() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from psa_config import MaskRatios, Preset, PyramidSparseAttention, Samples, SimThresholds, load_presets
+from psa_config import BlockSize, MaskRatios, Preset, PyramidSparseAttention, Samples, SimThresholds, load_presets
 from psa_integrations.build import find_preset, mask_policy, sparse_attention_of, token_order
 from psa_integrations.diffusers.cogvideox import CogVideoXAdapter
 from psa_integrations.diffusers.wan import WanAdapter
@@ -52,6 +52,22 @@ def test_every_setting_reaches_the_policy(make_preset: MakePreset) -> None:
         similarity_thresholds=(0.9, 0.8, 0.7),
         protected=((0, 7),),
         seed=5,
+    )
+
+
+def test_a_budget_reaches_the_policy() -> None:
+    attention = PyramidSparseAttention(
+        type="psa",
+        use_rearrange=True,
+        block_size=BlockSize(m=32, n=32),
+        mask_mode="budget",
+        density=0.2,
+        budget_per="layer",
+        skip="mean",
+        importance_reduction="error",
+    )
+    assert mask_policy(attention) == MaskPolicy(
+        mode="budget", density=0.2, share="layer", block_q=32, block_kv=32, skip="mean", reduction="error"
     )
 
 
@@ -113,7 +129,8 @@ def test_every_shipped_preset_builds_for_its_model(model: str) -> None:
             continue
         grid = VideoGrid(frames=5, height=30, width=45, text=preset.text_length, text_first=True)
         policy = mask_policy(attention, grid)
-        assert policy.bounds == attention.mask_ratios.bounds
+        assert policy.bounds == (() if attention.mask_ratios is None else attention.mask_ratios.bounds)
+        assert policy.density == attention.density
         order = token_order(attention, grid)
         assert (order is not None) == attention.use_rearrange
 

@@ -151,10 +151,11 @@ def main() -> None:
         pool_pyramid(key, block_kv=64, num_levels=7, **options)
         key_similarity(key, block_kv=64, num_levels=4, **options)
         kmeans(key, 5, num_iterations=1, impl="triton")
-        samples = {"samples_q": 16, "samples_kv": 8, "reduction": "mean" if is_causal else "max"}
-        block_importance(query, key, **blocks, **samples, is_causal=is_causal, **options)
-        groups = {"samples_q": 8, "method": "antidiagonal"}
-        block_importance(query, key, **blocks, **samples | groups, is_causal=is_causal, **options)
+        for reduction in ("mean" if is_causal else "max", "error"):
+            samples = {"samples_q": 16, "samples_kv": 8, "reduction": reduction}
+            block_importance(query, key, **blocks, **samples, is_causal=is_causal, **options)
+        groups = {"samples_q": 8, "samples_kv": 8, "method": "antidiagonal"}
+        block_importance(query, key, **blocks, **groups, is_causal=is_causal, **options)
         for row_len, counts in ((50, [1, 5, 5]), (20_000, [9])):
             rank_levels(torch.zeros(2, row_len, dtype=dtype), counts, impl="triton")
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)

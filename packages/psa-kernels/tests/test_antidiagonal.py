@@ -311,6 +311,7 @@ def test_triton_refuses_what_it_lacks(triton_backend, monkeypatch):
         (r"samples_q must divide block_q 32 with method 'antidiagonal', got 7", {"samples_q": 7}),
         (r"samples_kv must divide block_kv 32 with method 'antidiagonal', got 5", {"samples_kv": 5}),
         (r"must equal block_kv / samples_kv with .*got 32 / 8 and 32 / 4", {"samples_kv": 4}),
+        (r"reduction='error' of block_importance needs method 'sampled', got 'antidiag", {"reduction": "error"}),
         (r"impl must be one of", {"impl": "cuda"}),
     ],
 )

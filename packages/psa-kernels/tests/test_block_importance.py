@@ -20,7 +20,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("reduction", ["max", "mean"])
+@pytest.mark.parametrize("reduction", ["max", "mean", "error"])
 @pytest.mark.parametrize("samples", [(8, 8), (5, 3), (32, 32)])
 def test_case_equals_oracle(backend, name, reduction, samples):
     case = dict(CASES[name])
@@ -47,6 +47,31 @@ def test_all_tokens_sampled_is_exact_attention():
     tokens = torch.tensor([32, 32, 6])[:, None] * torch.tensor([32, 32, 32, 4])
     got = block_importance(query, key, reduction="mean", **options)
     assert_within_error_budget(got, full.sum((3, 5)) / tokens, (full.sum((3, 5)) / tokens).float())
+
+
+def test_error_is_what_the_mean_of_a_block_gets_wrong():
+    """By the oracle of attention: a block's weight when it is read as it is, and when it is read as its mean."""
+    query, key, _ = make_qkv(q_len=70, kv_len=96, dtype=torch.float64)
+    options = {"block_q": 32, "block_kv": 32, "samples_q": 32, "samples_kv": 32}
+    got = block_importance(query, key, reduction="error", **options)
+    logits = query @ key.mT / 32**0.5
+    true = logits.softmax(-1).view(1, 2, 70, 3, 32).sum(-1)
+    means = key.view(1, 2, 3, 32, 32).mean(3)
+    of_mean = 32 * (query @ means.mT / 32**0.5 - logits.logsumexp(-1, keepdim=True)).exp()
+    square = torch.nn.functional.pad((true - of_mean).square(), (0, 0, 0, 26)).view(1, 2, 3, 32, 3).sum(3)
+    expected = (square / torch.tensor([32, 32, 6])[:, None]).sqrt() / 32
+    assert_within_error_budget(got, expected, expected.float())
+
+
+def test_a_block_of_equal_keys_has_no_error(backend):
+    for dtype in backend.dtypes:
+        query, key, _ = make_qkv(q_len=64, kv_len=96, dtype=dtype, device=backend.device)
+        key[:, :, :32] = 4 * query[:, :, :1]  # most of what queries see, and all alike
+        options = {"block_q": 32, "block_kv": 32, "samples_q": 8, "samples_kv": 8, "impl": backend.impl}
+        error = block_importance(query, key, reduction="error", **options)
+        mass = block_importance(query, key, reduction="mean", **options)
+        assert (error[..., 0] <= 8 * torch.finfo(dtype).eps * mass[..., 0]).all()
+        assert (error[..., 1:] > error[..., :1]).all()
 
 
 def test_large_logits_do_not_overflow(backend):

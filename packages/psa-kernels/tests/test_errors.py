@@ -66,7 +66,7 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (ValueError, "samples_kv must be at least 1, got 0", lambda: importance(samples_kv=0)),
         (ValueError, "method must be one of 'sampled', 'antidiagonal', got 'exact'",
             lambda: importance(method="exact")),
-        (ValueError, "reduction must be one of 'max', 'mean', got 'sum'", lambda: importance(reduction="sum")),
+        (ValueError, "reduction must be one of 'max', 'mean', 'error', got 'sum'", lambda: importance(reduction="sum")),
         (TypeError, "is_causal must be a bool, got str 'no'", lambda: attend(is_causal="no")),
         (TypeError, "scale must be a number, got str 'a'", lambda: attend(scale="a")),
         (ValueError, "scale must be finite, got nan", lambda: importance(scale=float("nan"))),

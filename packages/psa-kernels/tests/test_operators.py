@@ -38,6 +38,7 @@ def test_fakes_describe_the_results():
         (ops.kmeans, (key, key[:, :, ::9].float(), 2, "torch")),
         (ops.block_importance, (query, key, LENGTHS, 32, 16, 8, 8, "max", False, 0.1, 5, "torch")),
         (ops.block_importance, (query, key, None, 32, 16, 8, 8, "mean", True, 0.1, 0, "torch")),
+        (ops.block_importance, (query, key, LENGTHS, 32, 16, 8, 8, "error", True, 0.1, 0, "torch")),
         (
             ops.pyramid_attention,
             (query, key, value, plan.indices, plan.offsets, LENGTHS, 32, 32, False, 0.1, "torch"),

@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from psa_kernels import BlockLayout, block_importance, pyramid_attention
 from psa_kernels.testing import make_qkv
-from psa_masks import MaskPolicy, density, keep_full, levels_by_quota, levels_by_threshold
+from psa_masks import MaskPolicy, density, keep_full, levels_by_budget, levels_by_quota, levels_by_threshold
 
 PAPER = MaskPolicy(
     mode="threshold",
@@ -22,17 +22,24 @@ PAPER = MaskPolicy(
 
 @st.composite
 def policies(draw: st.DrawFn) -> MaskPolicy:
-    ends = draw(st.lists(st.integers(0, 100), min_size=1, max_size=3).map(sorted))
+    mode = draw(st.sampled_from(["threshold", "quota", "budget"]))
+    if mode == "budget":
+        rule = {"density": draw(st.integers(26, 100)) / 100, "share": draw(st.sampled_from(["head", "layer"]))}
+    else:
+        rule = {
+            "bounds": [end / 100 for end in draw(st.lists(st.integers(0, 100), min_size=1, max_size=3).map(sorted))]
+        }
+    method = draw(st.sampled_from(["sampled", "antidiagonal"]))
     return MaskPolicy(
-        mode=draw(st.sampled_from(["threshold", "quota"])),
-        bounds=[end / 100 for end in ends],
+        mode=mode,
+        **rule,
         block_q=draw(st.sampled_from([4, 16])),
         block_kv=draw(st.sampled_from([4, 16])),
         skip=draw(st.sampled_from(["drop", "mean"])),
         min_full=draw(st.sampled_from([0.0, 0.3])),
-        method=draw(st.sampled_from(["sampled", "antidiagonal"])),
-        reduction=draw(st.sampled_from(["max", "mean"])),
-        similarity_thresholds=draw(st.none() | st.just((0.4, 0.3))),
+        method=method,
+        reduction=draw(st.sampled_from(["max", "mean", *(["error"] if method == "sampled" else [])])),
+        similarity_thresholds=draw(st.none() if mode == "budget" else st.none() | st.just((0.4, 0.3))),
         diagonal=draw(st.booleans()),
         sinks=draw(st.integers(0, 5)),
         is_causal=draw(st.booleans()),
@@ -40,7 +47,7 @@ def policies(draw: st.DrawFn) -> MaskPolicy:
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(
     policy=policies(),
     q_len=st.integers(1, 40),
@@ -55,9 +62,12 @@ def test_every_map_can_be_attended_with(
         heads=4, kv_heads=kv_heads, q_len=q_len, kv_len=q_len + extra_keys, head_dim=8, seed=seed
     )
     inputs, state = (query.clone(), key.clone()), torch.get_rng_state()
+    layout = BlockLayout(q_len, q_len + extra_keys, block_q=policy.block_q, block_kv=policy.block_kv)
+    # A few keys past a block have a mean of their own, which a small density may not pay for.
+    assume(policy.density is None or policy.density * layout.kv_len >= layout.num_kv_blocks or policy.skip == "drop")
+    assume(policy.density is None or not policy.is_causal or policy.skip == "drop")
     levels = policy(query, key)
 
-    layout = BlockLayout(q_len, q_len + extra_keys, block_q=policy.block_q, block_kv=policy.block_kv)
     assert levels.shape == (1, 4, layout.num_q_blocks, layout.num_kv_blocks)
     assert levels.dtype == torch.int8
     assert levels.min() >= 0
@@ -239,18 +249,66 @@ def test_diagonal_and_sinks_are_kept(is_causal: bool) -> None:
     assert torch.equal(policy(query, key), layout.executed_levels(chosen))
 
 
-def test_compiles_without_a_graph_break() -> None:
+BUDGET = MaskPolicy(mode="budget", density=0.3, block_q=16, block_kv=16, skip="mean", reduction="error")
+
+
+@pytest.mark.parametrize("share", ["head", "layer"])
+def test_a_budget_pays_for_what_is_kept(share: str) -> None:
+    query, key, _ = make_qkv(batch=2, heads=4, kv_heads=2, q_len=400, head_dim=16)
+    policy = replace(BUDGET, density=0.5, share=share, protected=((0, 20),), sinks=30, diagonal=True, min_full=0.1)
+    layout = BlockLayout(400, 400, block_q=16, block_kv=16)
+    levels = policy(query, key)
+    assert torch.equal(levels, keep_full(levels, layout, protected=((0, 20),), sinks=30, diagonal=True))
+    assert ((levels == 1).sum(-1) >= 3).all()
+    spent = density(levels, layout)
+    spent = spent if share == "head" else spent.mean(-1)
+    assert (spent <= 0.5).all()
+    assert (spent > 0.5 - 1 / 25**2).all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_budget_reaches_the_scores_and_the_levels(is_causal: bool) -> None:
+    query, key, _ = make_qkv(batch=2, q_len=150, kv_len=180, head_dim=16)
+    sizes = {"block_q": 16, "block_kv": 16}
+    lengths = torch.tensor([180, 77])
+    policy = replace(BUDGET, errors=(0.3, 0.6), density=0.4, is_causal=is_causal)
+    importance = block_importance(
+        query, key, samples_q=4, samples_kv=4, reduction="error", is_causal=is_causal, kv_lengths=lengths, **sizes
+    )
+    layout = BlockLayout(150, 180, is_causal=is_causal, **sizes)
+    levels = levels_by_budget(
+        importance, 0.4, num_levels=3, skip="mean", errors=(0.3, 0.6), layout=layout, kv_lengths=lengths
+    )
+    diagonal = keep_full(torch.zeros_like(levels), layout, diagonal=is_causal) == 1
+    if is_causal:
+        levels = levels_by_budget(
+            importance,
+            0.4,
+            num_levels=3,
+            skip="mean",
+            errors=(0.3, 0.6),
+            layout=layout,
+            kv_lengths=lengths,
+            full=diagonal,
+        )
+    assert torch.equal(policy(query, key, kv_lengths=lengths), levels)
+    assert (levels == 5).any()
+
+
+@pytest.mark.parametrize("policy", [replace(PAPER, skip="mean"), BUDGET], ids=["threshold", "budget"])
+def test_compiles_without_a_graph_break(policy: MaskPolicy) -> None:
     query, key, _ = make_qkv(q_len=100, head_dim=16)
-    policy = replace(PAPER, skip="mean", protected=((90, 100),), sinks=1)
+    policy = replace(policy, protected=((90, 100),), sinks=1)
     compiled = torch.compile(lambda q, k: policy(q, k), fullgraph=True, backend="eager")
     assert torch.equal(compiled(query, key), policy(query, key))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="asks how a GPU is used")
-def test_gpu_never_waits_and_agrees_with_the_cpu() -> None:
+@pytest.mark.parametrize("policy", [replace(PAPER, skip="mean"), BUDGET], ids=["threshold", "budget"])
+def test_gpu_never_waits_and_agrees_with_the_cpu(policy: MaskPolicy) -> None:
     query, key, _ = make_qkv(heads=4, kv_heads=2, q_len=1000, head_dim=64)
-    policy = replace(PAPER, block_q=128, block_kv=64, skip="mean", protected=((900, 1000),), diagonal=True)
+    policy = replace(policy, block_q=128, block_kv=64, protected=((900, 1000),), diagonal=True)
     on_gpu = query.cuda(), key.cuda()
     policy(*on_gpu)  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -265,7 +323,28 @@ def test_gpu_never_waits_and_agrees_with_the_cpu() -> None:
     assert share.shape == (1, 4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks how a GPU is used")
+def test_a_budget_is_spent_within_a_cuda_graph() -> None:
+    query, key, _ = make_qkv(heads=4, q_len=1000, head_dim=64, device="cuda")
+    policy = replace(BUDGET, block_q=64, block_kv=64)
+    other = torch.randn_like(query)
+    expected = policy(other, key)
+    policy(query, key)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        levels = policy(query, key)
+    query.copy_(other)
+    graph.replay()
+    assert torch.equal(levels, expected)
+
+
 def test_policies_are_values() -> None:
+    assert replace(BUDGET, errors=[1, 1]) == replace(BUDGET, errors=(1.0, 1.0))
+    assert BUDGET.num_levels == 5
+    assert replace(BUDGET, skip="drop").num_levels == 4
+    assert replace(BUDGET, skip="drop", errors=(0.5,)).num_levels == 2
     spelt = MaskPolicy(mode="quota", bounds=[0, 1], similarity_thresholds=[1], protected=[[0, 4]])
     assert spelt == MaskPolicy(mode="quota", bounds=(0.0, 1.0), similarity_thresholds=(1.0,), protected=((0, 4),))
     assert len({spelt, replace(spelt), replace(spelt, seed=1)}) == 2
@@ -274,7 +353,7 @@ def test_policies_are_values() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"mode": "topk"}, ValueError, r"mode must be one of 'threshold', 'quota', got 'topk'"),
+        ({"mode": "topk"}, ValueError, r"mode must be one of 'threshold', 'quota', 'budget', got 'topk'"),
         ({"skip": "keep"}, ValueError, r"skip must be one of 'drop', 'mean', got 'keep'"),
         ({"bounds": (0.5, 0.4)}, ValueError, r"bounds .* must not decrease"),
         ({"block_kv": 2, "bounds": (0.1, 0.2, 0.3)}, ValueError, r"at most log2\(block_kv\) \+ 1 = 2 levels"),
@@ -290,11 +369,33 @@ def test_policies_are_values() -> None:
         ({"block_kv": 2, "similarity_thresholds": (0, 0)}, ValueError, r"at most log2\(block_kv\) = 1 numbers"),
         ({"protected": ((2, 1),)}, ValueError, r"protected\[0\] stop must be at least 2, got 1"),
         ({"sinks": 1.5}, TypeError, r"sinks must be an int, got 1.5"),
+        ({"bounds": ()}, ValueError, r"bounds must hold 1 to 9 numbers, got 0"),
+        ({"density": 0.1}, ValueError, r"density must be given with mode 'budget' alone, got 0.1 with 'quota'"),
+        ({"errors": (0.1,)}, ValueError, r"errors must be given with mode 'budget' alone"),
+        ({"share": "layer"}, ValueError, r"share must be given with mode 'budget' alone"),
+        ({"method": "antidiagonal", "reduction": "error"}, ValueError, r"reduction 'error' needs method 'sampled'"),
     ],
 )
 def test_refuses(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         MaskPolicy(**{"mode": "quota", "bounds": (0.5,), **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": None}, r"density must be given with mode 'budget', got None"),
+        ({"density": 0}, r"density must be in \(0, 1\], got 0"),
+        ({"density": 0.0625}, r"density must be more than 1 / block_kv = 0.0625 with skip='mean'.* got 0.0625"),
+        ({"bounds": (0.1,)}, r"bounds must not be given with mode 'budget', which goes by density, got \(0.1,\)"),
+        ({"errors": (0.1,) * 5}, r"errors must be at most log2\(block_kv\) = 4 numbers with block_kv 16, got 5"),
+        ({"share": "model"}, r"share must be one of 'head', 'layer', got 'model'"),
+        ({"similarity_thresholds": (0.5,)}, r"similarity_thresholds must be None or all -1 with mode 'budget'"),
+    ],
+)
+def test_refuses_a_budget(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(BUDGET, **options)
 
 
 def test_refuses_a_range_past_the_keys_and_an_unknown_method() -> None:

@@ -57,6 +57,7 @@ Size = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 OptionalSize = Annotated[Size | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)]
+OptionalShare = Annotated[Share | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)]
 OptionalRange = Annotated[tuple[Share, Share] | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)]
 
 
@@ -130,6 +131,9 @@ class MaskRatios(_Form):
         return self
 
 
+OptionalRatios = Annotated[MaskRatios | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)]
+
+
 class SimThresholds(_Form):
     """How alike neighbouring keys of a block must be, in mean cosine similarity, for it to be pooled so far.
 
@@ -177,9 +181,18 @@ class PyramidSparseAttention(_Form):
     description: str = Field(default="", description="For people; nothing reads it.")
     use_rearrange: bool = Field(description="Whether tokens are put in the order of rearrange_method.")
     block_size: BlockSize = Field(description="Tokens that share one level decision.")
-    mask_ratios: MaskRatios = Field(description="The range of each level: 1, 2, 4, 8, and 0 for skipped.")
-    mask_mode: Literal["thresholdbound", "topk"] = Field(
-        description="Ranges of cumulative importance (thresholdbound) or of the number of blocks (topk)."
+    mask_ratios: OptionalRatios = Field(
+        default=None, description="The range of each level: 1, 2, 4, 8, and 0 for skipped. Not with budget."
+    )
+    mask_mode: Literal["thresholdbound", "topk", "budget"] = Field(
+        description="Ranges of cumulative importance (thresholdbound) or of the number of blocks (topk), "
+        "or levels that spend a density where it helps most (budget)."
+    )
+    density: OptionalShare = Field(
+        default=None, description="With budget: executed over dense work, means of skipped blocks included."
+    )
+    budget_per: Literal["head", "layer"] = Field(
+        default="head", description="With budget: each head spends the density, or the heads of a layer share it."
     )
     warmup_steps: Count = Field(default=0, description="Dense denoising steps at the start.")
     cooldown_steps: Count = Field(default=0, description="Dense denoising steps at the end.")
@@ -212,6 +225,10 @@ class PyramidSparseAttention(_Form):
     importance_method: Literal["sampled", "antidiagonal"] = Field(
         default="sampled", description="Importance from tokens drawn from each block, or from sums of antidiagonals."
     )
+    importance_reduction: Literal["max", "mean", "error"] = Field(
+        default="max",
+        description="A block pair's largest weight, its mean weight, or how wrong the block's mean is (sampled only).",
+    )
     samples: Samples = Field(default_factory=Samples, description="Tokens sampled from a block for its importance.")
     seed: Count = Field(default=0, description="Seed of the sampling.")
 
@@ -232,6 +249,40 @@ class PyramidSparseAttention(_Form):
         if problems:
             raise _rule_broken(problems)
         return samples
+
+    @model_validator(mode="after")
+    def _mode_has_what_it_needs(self) -> "PyramidSparseAttention":
+        problems = self._budget_problems() if self.mask_mode == "budget" else self._range_problems()
+        if self.importance_reduction == "error" and self.importance_method == "antidiagonal":
+            message = 'got "error", expected "max" or "mean" with importance_method antidiagonal'
+            problems.append((("importance_reduction",), message))
+        if problems:
+            raise _rule_broken(problems)
+        return self
+
+    def _range_problems(self) -> list[tuple[Path, str]]:
+        """What a mode by ranges lacks, or has too much."""
+        problems: list[tuple[Path, str]] = []
+        if self.mask_ratios is None:
+            problems.append((("mask_ratios",), f"missing, expected a mapping with mask_mode {self.mask_mode}"))
+        message = f"given with mask_mode {self.mask_mode}, expected it with budget alone"
+        return problems + [((key,), message) for key in ("density", "budget_per") if key in self.model_fields_set]
+
+    def _budget_problems(self) -> list[tuple[Path, str]]:
+        """What the budget lacks, or has too much."""
+        problems: list[tuple[Path, str]] = []
+        least = 1 / self.block_size.n if self.skip == "mean" else 0.0
+        if self.density is None:
+            problems.append((("density",), "missing, expected a number from 0 to 1 with mask_mode budget"))
+        elif self.density <= least:
+            why = ", what the means of all blocks cost" if least else ""
+            problems.append((("density",), f"got {self.density}, expected more than {least:g}{why}"))
+        if self.mask_ratios is not None:
+            problems.append((("mask_ratios",), "given with mask_mode budget, expected density alone"))
+        if self.use_sim_mask:
+            message = "got true, expected false with mask_mode budget, which the finer levels would exceed"
+            problems.append((("use_sim_mask",), message))
+        return problems
 
     @staticmethod
     def _uneven_groups(samples: Samples, block: BlockSize) -> list[tuple[Path, str]]:

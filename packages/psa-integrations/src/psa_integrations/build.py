@@ -6,7 +6,7 @@ from psa_config import DenseAttention, Preset, PyramidSparseAttention, load_pres
 from psa_integrations.clusters import ClusterOrders
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order
 
-_MODES = {"thresholdbound": "threshold", "topk": "quota"}
+_MODES = {"thresholdbound": "threshold", "topk": "quota", "budget": "budget"}
 _CUBES_ALONG: dict[str, Literal["raster", "gilbert"]] = {"Raster": "raster", "Gilbert": "gilbert"}
 
 
@@ -54,7 +54,9 @@ def mask_policy(
     text = () if grid is None or grid.text == 0 else (grid.text_range,)
     return MaskPolicy(
         mode=_MODES[attention.mask_mode],
-        bounds=attention.mask_ratios.bounds,
+        bounds=() if attention.mask_ratios is None else attention.mask_ratios.bounds,
+        density=attention.density,
+        share=attention.budget_per,
         block_q=attention.block_size.m,
         block_kv=attention.block_size.n,
         skip=attention.skip,
@@ -62,6 +64,7 @@ def mask_policy(
         samples_q=attention.samples.q,
         samples_kv=attention.samples.kv,
         method=attention.importance_method,
+        reduction=attention.importance_reduction,
         similarity_thresholds=attention.sim_thresholds.values if attention.use_sim_mask else None,
         protected=text,
         is_causal=is_causal,

@@ -1,6 +1,7 @@
 """Multi-level masks for Pyramid Sparse Attention: policies, levels, constraints, density, token order."""
 
 from psa_masks.__about__ import __version__
+from psa_masks.budget import levels_by_budget
 from psa_masks.constraints import cap_by_similarity, keep_full, skip_to_mean
 from psa_masks.density import density
 from psa_masks.grid import VideoGrid
@@ -31,6 +32,7 @@ __all__ = [
     "gilbert_order",
     "hybrid_order",
     "keep_full",
+    "levels_by_budget",
     "levels_by_quota",
     "levels_by_threshold",
     "semantic_order",

@@ -71,6 +71,23 @@ def thresholds(name: str, value: object) -> tuple[float, ...]:
     return tuple(real(f"{name}[{i}]", item, -1.0, 1.0) for i, item in enumerate(items))
 
 
+def errors(value: object) -> tuple[float, ...]:
+    """Relative errors of levels 2, 3, ..: floats in (0, 1], none below the one before."""
+    items = sequence("errors", value)
+    relative = tuple(share(f"errors[{i}]", item) for i, item in enumerate(items))
+    if any(later < earlier for earlier, later in pairwise(relative)):
+        raise ValueError(f"errors must not decrease from a level to the next coarser one, got {value!r}")
+    return relative
+
+
+def share(name: str, value: object) -> float:
+    """``value`` as a float in (0, 1]."""
+    number = real(name, value, -math.inf, math.inf)
+    if not 0.0 < number <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}")
+    return number
+
+
 def token_ranges(name: str, value: object) -> tuple[tuple[int, int], ...]:
     """Pairs (start, stop) of token positions with 0 <= start <= stop."""
     ranges = []

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from psa_kernels import BlockLayout, block_importance, key_similarity
 from psa_kernels.block_importance import METHODS, REDUCTIONS, group_stride
 from psa_masks import checks
+from psa_masks.budget import levels_by_budget
 from psa_masks.constraints import cap_by_similarity, coarsest_level, keep_full, skip_to_mean
 from psa_masks.levels import levels_by_quota, levels_by_threshold
 
@@ -21,19 +23,26 @@ class MaskPolicy:
     blocks. It waits for no device, and neither reads nor moves any random state.
 
     Args:
-        mode: ``"threshold"``, see :func:`levels_by_threshold`, or ``"quota"``, see :func:`levels_by_quota`.
+        mode: ``"threshold"``, see :func:`levels_by_threshold`, ``"quota"``, see :func:`levels_by_quota`, or
+            ``"budget"``, see :func:`levels_by_budget`.
         bounds: cumulative upper ends of levels 1..H in [0, 1], not decreasing; H at most
-            ``log2(block_kv) + 1``.
+            ``log2(block_kv) + 1``. Not in budget mode.
+        density: of budget mode, and needed there: executed over dense work of a head, in (0, 1], and more than
+            ``1 / block_kv`` with ``skip="mean"``. What is protected, on the diagonal or a sink is paid for out of it
+            first, and may cost more.
+        errors, share: of budget mode, as ``levels_by_budget`` takes them. Levels 1 to ``len(errors) + 1`` are chosen
+            from; without ``errors`` 1 to 4, or as many as the block has.
         block_q, block_kv: tokens a level decision covers, powers of two.
         skip: ``"drop"`` leaves skipped blocks out of the attention, ``"mean"`` reads each as its mean, at
             level ``log2(block_kv) + 1`` (:func:`skip_to_mean`).
         min_full: at least this share of each row's blocks is level 1, in [0, 1]; in quota mode as if no bound
-            were lower.
+            were lower, in budget mode out of the density.
         samples_q, samples_kv: tokens sampled from a block to score it, or with ``method="antidiagonal"`` groups it
             is cut into; None is a quarter of the block.
         method, reduction: as ``block_importance`` takes them. ``"antidiagonal"`` wants groups of as many queries as
-            keys.
+            keys. ``"error"`` is made for ``skip="mean"``.
         similarity_thresholds: for levels 2, 3, ..., see :func:`cap_by_similarity`; None or all -1 is no cap.
+            No cap in budget mode, where what it refines would cost more than the density.
         protected: token ranges (start, stop) kept at level 1, see :func:`keep_full`.
         diagonal: keep block pairs with a query and a key of the same position at level 1. Always done with
             ``is_causal``, as a query might see no key otherwise.
@@ -48,7 +57,10 @@ class MaskPolicy:
     """
 
     mode: str
-    bounds: Sequence[float]
+    bounds: Sequence[float] = ()
+    density: float | None = None
+    errors: Sequence[float] | None = None
+    share: str = "head"
     block_q: int = 128
     block_kv: int = 128
     skip: str = "drop"
@@ -65,16 +77,21 @@ class MaskPolicy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks.choice("mode", self.mode, ("threshold", "quota"))
+        checks.choice("mode", self.mode, ("threshold", "quota", "budget"))
         checks.choice("skip", self.skip, ("drop", "mean"))
         BlockLayout(1, 1, block_q=self.block_q, block_kv=self.block_kv)  # checks the block sizes
-        bounds = checks.bounds(self.bounds)
         coarsest = coarsest_level(self.block_kv)
-        if len(bounds) > coarsest:
-            raise ValueError(
-                f"bounds must name at most log2(block_kv) + 1 = {coarsest} levels with block_kv "
-                f"{self.block_kv}, got {len(bounds)}"
-            )
+        if self.mode == "budget":
+            bounds: tuple[float, ...] = ()
+            density, errors = self._checked_budget(coarsest)
+        else:
+            self._check_no_budget()
+            density, errors, bounds = None, None, checks.bounds(self.bounds)
+            if len(bounds) > coarsest:
+                raise ValueError(
+                    f"bounds must name at most log2(block_kv) + 1 = {coarsest} levels with block_kv "
+                    f"{self.block_kv}, got {len(bounds)}"
+                )
         min_full = checks.real("min_full", self.min_full, 0.0, 1.0)
         for name, block in (("samples_q", self.block_q), ("samples_kv", self.block_kv)):
             samples = getattr(self, name)
@@ -88,10 +105,14 @@ class MaskPolicy:
                     f"similarity_thresholds must be at most log2(block_kv) = {coarsest - 1} numbers with "
                     f"block_kv {self.block_kv}, got {len(limits)}"
                 )
+            if self.mode == "budget" and max(limits) > -1.0:
+                raise ValueError(f"similarity_thresholds must be None or all -1 with mode 'budget', got {limits!r}")
         checks.integer("sinks", self.sinks, 0)
         checks.choice("method", self.method, METHODS)
         checks.choice("reduction", self.reduction, REDUCTIONS)
         if self.method == "antidiagonal":
+            if self.reduction == "error":
+                raise ValueError("reduction 'error' needs method 'sampled', got 'antidiagonal'")
             samples_q, samples_kv = _samples(self.samples_q, self.block_q), _samples(self.samples_kv, self.block_kv)
             group_stride(self.block_q, self.block_kv, samples_q, samples_kv)  # checks that they go together
         for name in ("diagonal", "is_causal"):
@@ -101,6 +122,8 @@ class MaskPolicy:
         # Tuples and plain numbers, so that equal policies compare equal and hash.
         settled = {
             "bounds": bounds,
+            "density": density,
+            "errors": errors,
             "min_full": min_full,
             "similarity_thresholds": limits,
             "protected": checks.token_ranges("protected", self.protected),
@@ -108,10 +131,47 @@ class MaskPolicy:
         for name, value in settled.items():
             object.__setattr__(self, name, value)
 
+    def _checked_budget(self, coarsest: int) -> tuple[float, tuple[float, ...] | None]:
+        """``density`` and ``errors`` of budget mode."""
+        if tuple(self.bounds):
+            raise ValueError(f"bounds must not be given with mode 'budget', which goes by density, got {self.bounds!r}")
+        checks.choice("share", self.share, ("head", "layer"))
+        if self.density is None:
+            raise ValueError("density must be given with mode 'budget', got None")
+        density = checks.share("density", self.density)
+        if self.skip == "mean" and density * self.block_kv <= 1:
+            raise ValueError(
+                f"density must be more than 1 / block_kv = {1 / self.block_kv:g} with skip='mean', what the means of "
+                f"all blocks cost, got {self.density}"
+            )
+        if self.errors is None:
+            return density, None
+        errors = checks.errors(self.errors)
+        if len(errors) >= coarsest:
+            raise ValueError(
+                f"errors must be at most log2(block_kv) = {coarsest - 1} numbers with block_kv {self.block_kv}, "
+                f"got {len(errors)}"
+            )
+        return density, errors
+
+    def _check_no_budget(self) -> None:
+        for name, default in (("density", None), ("errors", None), ("share", "head")):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} must be given with mode 'budget' alone, got {getattr(self, name)!r} with {self.mode!r}"
+                )
+
+    @property
+    def _chosen_levels(self) -> int:
+        """Levels 1 to this are chosen by importance."""
+        if self.mode != "budget":
+            return len(self.bounds)
+        return min(4, coarsest_level(self.block_kv)) if self.errors is None else len(self.errors) + 1
+
     @property
     def num_levels(self) -> int:
         """The coarsest level a map may hold."""
-        return coarsest_level(self.block_kv) if self.skip == "mean" else len(self.bounds)
+        return coarsest_level(self.block_kv) if self.skip == "mean" else self._chosen_levels
 
     def __call__(
         self,
@@ -160,6 +220,8 @@ class MaskPolicy:
             block_kv=self.block_kv,
             is_causal=self.is_causal,
         )
+        if self.mode == "budget":
+            return self._spend(importance, layout, kv_lengths, impl)
         if self.mode == "threshold":
             levels = levels_by_threshold(importance, self.bounds, min_full=self.min_full)
         else:
@@ -181,6 +243,31 @@ class MaskPolicy:
         if self.skip == "mean":
             levels = skip_to_mean(levels, self.block_kv)
         return layout.executed_levels(levels)
+
+    def _spend(self, importance: Tensor, layout: BlockLayout, kv_lengths: Tensor | None, impl: str | None) -> Tensor:
+        """The map of budget mode, which has to know what is kept before it spends the rest."""
+        nothing = torch.zeros((1, 1, *importance.shape[2:]), dtype=torch.int8, device=importance.device)
+        kept = keep_full(
+            nothing,
+            layout,
+            protected=self.protected,
+            diagonal=self.diagonal or self.is_causal,
+            sinks=self.sinks,
+        )
+        assert self.density is not None, "checked at construction"
+        return levels_by_budget(
+            importance,
+            self.density,
+            num_levels=self._chosen_levels,
+            skip=self.skip,
+            errors=self.errors,
+            share=self.share,
+            min_full=self.min_full,
+            full=kept > 0,
+            layout=layout,
+            kv_lengths=kv_lengths,
+            impl=impl,
+        )
 
 
 def _samples(given: int | None, block: int) -> int:

@@ -9,7 +9,7 @@ from psa_kernels.block_importance.ops import block_importance_op
 from psa_kernels.block_importance.sampling import SEED_BITS
 
 METHODS = ("sampled", "antidiagonal")
-REDUCTIONS = ("max", "mean")
+REDUCTIONS = ("max", "mean", "error")
 
 
 def block_importance(
@@ -32,9 +32,11 @@ def block_importance(
 
     ``method="sampled"``: ``samples_q`` tokens of each query block and ``samples_kv`` of each KV block are drawn, one
     from each of as many strata (all tokens of a block with fewer). The sampled queries attend by softmax to all
-    sampled keys, and a block pair scores the maximum or the mean over its sampled token pairs. The draw is a pure
-    function of ``seed``: equal on every device and implementation, and no random state is touched.
-    Source: Pyramid Sparse Attention (arXiv 2512.04025), block importance for video generation.
+    sampled keys, and a block pair scores the maximum or the mean over its sampled token pairs, or the error of reading
+    the block as its mean: the root mean square, over its sampled queries, of the weight of its sampled keys less what
+    they would weigh with their mean logit each, for each of these keys. The draw is a pure function of ``seed``: equal
+    on every device and implementation, and no random state is touched.
+    Source: Pyramid Sparse Attention (arXiv 2512.04025), block importance for video generation; the error is ours.
 
     ``method="antidiagonal"``: a query block is ``samples_q`` groups of s = block_q / samples_q consecutive tokens, a
     KV block ``samples_kv`` groups of as many. The logit of two groups is the mean logit along their antidiagonal:
@@ -50,7 +52,8 @@ def block_importance(
         samples_q, samples_kv: tokens drawn from a block, at most the block. Groups in a block with
             ``"antidiagonal"``: both divide their block, and block_q / samples_q equals block_kv / samples_kv.
         method: ``"sampled"`` or ``"antidiagonal"``.
-        reduction: ``"max"`` or ``"mean"`` over the pairs of samples, or of groups, that exist in a block pair.
+        reduction: ``"max"`` or ``"mean"`` over the pairs of samples, or of groups, that exist in a block pair, or with
+            ``"sampled"`` the ``"error"`` of the block's mean.
         is_causal: a sampled query sees sampled keys up to its own position, the last query at the last key. A
             query that sees none scores 0. A group of queries sees the groups of keys that end no later than it does.
         kv_lengths: int32 or int64 ``[B]``, how many keys of each sample exist; None is all. Blocks past it score 0.
@@ -83,6 +86,8 @@ def block_importance(
 
     importance: Tensor
     if method == "antidiagonal":
+        if reduction == "error":
+            raise ValueError("reduction='error' of block_importance needs method 'sampled', got 'antidiagonal'")
         stride = group_stride(block_q, block_kv, samples_q, samples_kv)
         importance = antidiagonal_importance_op(
             query.detach(),

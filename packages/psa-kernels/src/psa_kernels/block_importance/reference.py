@@ -40,7 +40,17 @@ def forward(
             weights = logits.softmax(dim=-1).masked_fill(~seen, 0).reshape(blocks)
             if reduction == "max":
                 out.append(weights.amax(dim=(1, 3)))
-            else:
+            elif reduction == "mean":
                 pairs = exists.reshape(blocks).sum(dim=(1, 3))
                 out.append(weights.sum(dim=(1, 3)) / pairs.clamp(min=1))
+            else:
+                visible = seen.expand_as(logits).reshape(blocks)
+                keys = visible.sum(dim=3)
+                mean_logit = logits.masked_fill(~seen, 0).reshape(blocks).sum(dim=3) / keys.clamp(min=1)
+                normaliser = logits.logsumexp(dim=-1).reshape(blocks[0], blocks[1], 1)
+                of_mean = keys * (mean_logit - normaliser).exp().masked_fill(keys == 0, 0)
+                error = (weights.sum(dim=3) - of_mean).square().sum(dim=1)
+                queries = (rows >= 0).reshape(blocks[:2]).sum(dim=1)[:, None].clamp(min=1)
+                per_block = (columns >= 0).reshape(blocks[2:]).sum(dim=1).clamp(min=1)
+                out.append((error / queries).sqrt() / per_block)
     return torch.stack(out).reshape(batch, heads, blocks[0], blocks[2])

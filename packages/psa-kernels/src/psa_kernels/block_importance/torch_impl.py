@@ -42,10 +42,35 @@ def forward(
                 hidden = (row < 0)[:, None] | (columns < 0)[None, :]
                 if is_causal:
                     hidden |= columns[None, :] > row[:, None] + kv_len - q_len
-                weights = logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1).masked_fill_(hidden, 0)
-                weights = weights.view(-1, rows.shape[1], num_kv_blocks, samples_kv)
-                out[b, h, first : first + step] = weights.amax((1, 3)) if reduction == "max" else weights.sum((1, 3))
+                logits.masked_fill_(hidden, -torch.inf)
+                shape = (-1, rows.shape[1], num_kv_blocks, samples_kv)
+                of_mean = _weight_of_mean(logits.view(shape)) if reduction == "error" else None
+                weights = logits.softmax(dim=-1).masked_fill_(hidden, 0).view(shape)
+                if reduction == "max":
+                    out[b, h, first : first + step] = weights.amax((1, 3))
+                elif of_mean is None:
+                    out[b, h, first : first + step] = weights.sum((1, 3))
+                else:
+                    out[b, h, first : first + step] = (weights.sum(3) - of_mean).square().sum(1)
+        queries, keys = (rows >= 0).sum(-1)[:, None].clamp(min=1), (columns.view(num_kv_blocks, -1) >= 0).sum(-1)
         if reduction == "mean":
-            pairs = (rows >= 0).sum(-1)[:, None] * (columns.view(num_kv_blocks, -1) >= 0).sum(-1)
-            out[b] /= pairs.clamp(min=1)
+            out[b] /= queries * keys.clamp(min=1)
+        elif reduction == "error":
+            out[b] = (out[b] / queries).sqrt() / keys.clamp(min=1)
     return out
+
+
+def _weight_of_mean(logits: Tensor) -> Tensor:
+    """What the keys of a block weigh in the softmax when each has their mean logit.
+
+    Args:
+        logits: ``[query blocks, samples_q, num_kv_blocks, samples_kv]``, -inf for hidden keys.
+
+    Returns:
+        ``[query blocks, samples_q, num_kv_blocks]``, 0 for a block that the query sees no key of.
+    """
+    seen = logits > -torch.inf
+    keys = seen.sum(-1)
+    mean = logits.where(seen, 0).sum(-1) / keys.clamp(min=1)
+    normaliser = logits.flatten(2).logsumexp(-1, keepdim=True)
+    return (keys * (mean - normaliser).exp()).masked_fill(keys == 0, 0)

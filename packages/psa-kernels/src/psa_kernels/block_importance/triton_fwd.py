@@ -3,7 +3,7 @@
 The first pass keeps each sampled query's largest logit and, for every KV block, the query's largest score in it: a
 float a query and block. The second turns these into weights, now that the softmax's sum is known, and reduces over the
 queries of a block. For the mean the first keeps the block's summed weights instead, beside the maximum that they are
-relative to.
+relative to; for the error, what the weight of their mean logit leaves of this sum.
 
 All that passes between the two lies in one buffer, in this order: what is kept of each query and block, the queries'
 largest logits, one over their sums, and the maxima that sums of a block are relative to.
@@ -101,11 +101,27 @@ def _dot(query, key, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _weight_of_mean(
+    scores, safe_max, scale_log2, BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, HIDES: tl.constexpr
+):  # fmt: skip
+    """Weight of each block as so many keys with their mean score, [TILE_M, BLOCKS]; hidden scores are -inf."""
+    shape: tl.constexpr = (scores.shape[0], BLOCKS, PER_BLOCK)
+    if HIDES:
+        seen = scores != float("-inf")
+        keys = tl.sum(tl.reshape(seen.to(tl.float32), shape), axis=2)
+        mean = tl.sum(tl.reshape(tl.where(seen, scores, 0.0), shape), axis=2) / tl.maximum(keys, 1.0)
+    else:
+        keys = PER_BLOCK
+        mean = tl.sum(tl.reshape(scores, shape), axis=2) / PER_BLOCK
+    return keys * tl.exp2(mean * scale_log2 - safe_max[:, None])
+
+
+@triton.jit
 def _fold_tile(
     row_max, row_sum, query, row, slot, key_ptr, kv_positions_ptr, kept_ptr, kept_max_ptr, key_strides, dim,
     first, shift, num_rows, num_kv_blocks, scale_log2,
     HEAD_DIM: tl.constexpr, SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    HIDES: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    HIDES: tl.constexpr, IS_CAUSAL: tl.constexpr, SUMS: tl.constexpr, IS_ERROR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold ``BLOCKS`` KV blocks from ``first`` into the running statistics and store what is kept of them.
 
@@ -136,8 +152,10 @@ def _fold_tile(
     safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = tl.exp2(scores * scale_log2 - safe_max[:, None])
     row_sum = row_sum * tl.exp2(row_max - safe_max) + tl.sum(weights, axis=1)
-    if IS_MEAN:
+    if SUMS:
         kept = tl.sum(tl.reshape(weights, (TILE_M, BLOCKS, PER_BLOCK)), axis=2)
+        if IS_ERROR:
+            kept -= _weight_of_mean(scores, safe_max, scale_log2, BLOCKS, PER_BLOCK, HIDES)
         tl.store(kept_max_ptr + first // BLOCKS * num_rows + slot, safe_max, mask=slot < num_rows)
     else:
         kept = block_max
@@ -158,8 +176,8 @@ def _logits_kernel(
     num_heads, group, kv_len, shift, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
     HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr, SAMPLES_Q: tl.constexpr, TILE_M: tl.constexpr,
     BLOCK_KV: tl.constexpr, SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, NEGATE: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_MEAN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, NEGATE: tl.constexpr, IS_CAUSAL: tl.constexpr, SUMS: tl.constexpr,
+    IS_ERROR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_rows = num_q_blocks * SAMPLES_Q
     num_tiles = (num_rows + TILE_M - 1) // TILE_M
@@ -197,13 +215,13 @@ def _logits_kernel(
         row_max, row_sum = _fold_tile(
             row_max, row_sum, query, row, slot, key_ptr, kv_positions_ptr, kept_ptr, kept_max_ptr, key_strides, dim,
             first, shift, num_rows, num_kv_blocks, scale_log2,
-            HEAD_DIM, SAMPLES_KV, PER_BLOCK, BLOCKS, False, False, IS_MEAN, PRECISION,
+            HEAD_DIM, SAMPLES_KV, PER_BLOCK, BLOCKS, False, False, SUMS, IS_ERROR, PRECISION,
         )  # fmt: skip
     for first in range(whole_blocks, num_kv_blocks, BLOCKS):
         row_max, row_sum = _fold_tile(
             row_max, row_sum, query, row, slot, key_ptr, kv_positions_ptr, kept_ptr, kept_max_ptr, key_strides, dim,
             first, shift, num_rows, num_kv_blocks, scale_log2,
-            HEAD_DIM, SAMPLES_KV, PER_BLOCK, BLOCKS, True, IS_CAUSAL, IS_MEAN, PRECISION,
+            HEAD_DIM, SAMPLES_KV, PER_BLOCK, BLOCKS, True, IS_CAUSAL, SUMS, IS_ERROR, PRECISION,
         )  # fmt: skip
 
     # A query that sees nothing, or does not exist, has no share of its weights. What is not a number shows.
@@ -217,7 +235,7 @@ def _logits_kernel(
 def _reduce_kernel(
     kept_ptr, positions_ptr, out_ptr, num_heads, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride,
     scale_log2, SAMPLES_Q: tl.constexpr, ROWS: tl.constexpr, SAMPLES_KV: tl.constexpr, PER_BLOCK: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, IS_MEAN: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, SUMS: tl.constexpr, IS_ERROR: tl.constexpr,
 ):  # fmt: skip
     chunks = (num_kv_blocks + BLOCKS - 1) // BLOCKS
     pid = tl.program_id(0).to(tl.int64)
@@ -238,7 +256,7 @@ def _reduce_kernel(
     share = tl.load(row_share_ptr + first_row + row, mask=slot < SAMPLES_Q, other=0.0)  # [ROWS]
     mask = (slot < SAMPLES_Q)[:, None] & (block < num_kv_blocks)[None, :]
     offset = block.to(tl.int64)[None, :] * num_rows + row[:, None]
-    if IS_MEAN:
+    if SUMS:
         kept = tl.load(kept_ptr + offset, mask=mask, other=0.0)  # [ROWS, BLOCKS]
         offset = (block // TILE_BLOCKS).to(tl.int64)[None, :] * num_rows + row[:, None]
         kept_max = tl.load(kept_max_ptr + offset, mask=mask, other=0.0)
@@ -249,7 +267,10 @@ def _reduce_kernel(
         used = (tl.arange(0, PER_BLOCK) < SAMPLES_KV)[None, :] & (block < num_kv_blocks)[:, None]
         position = tl.load(kv_positions_ptr + sample, mask=used, other=-1)
         columns = tl.sum((position >= 0).to(tl.float32), axis=1)
-        score = tl.sum(weights, axis=0) / tl.maximum(columns * queries, 1.0)
+        if IS_ERROR:
+            score = tl.sqrt(tl.sum(weights * weights, axis=0) / tl.maximum(queries, 1.0)) / tl.maximum(columns, 1.0)
+        else:
+            score = tl.sum(weights, axis=0) / tl.maximum(columns * queries, 1.0)
     else:
         kept = tl.load(kept_ptr + offset, mask=mask, other=float("-inf"))  # [ROWS, BLOCKS]
         score = tl.max(tl.exp2(kept * scale_log2 - row_max[:, None]) * share[:, None], axis=0)
@@ -338,7 +359,7 @@ def forward(
     per_block = triton.next_power_of_2(samples_kv)
     dim_tile = max(16, triton.next_power_of_2(head_dim))
     kv_positions_stride = 0 if kv_lengths is None else num_kv_blocks * samples_kv
-    is_mean = reduction == "mean"
+    sums, is_error = reduction != "max", reduction == "error"
     scale_log2 = max(abs(scale) * _LOG2_E, _LEAST_SCALE)
     lengths = None if kv_lengths is None else kv_lengths.contiguous()
     with on_device(query):
@@ -350,7 +371,7 @@ def forward(
                 f"shared memory of {device}; take fewer samples"
             )
         tile_blocks = tile.columns // per_block
-        floats = num_kv_blocks + 2 + (triton.cdiv(num_kv_blocks, tile_blocks) if is_mean else 0)
+        floats = num_kv_blocks + 2 + (triton.cdiv(num_kv_blocks, tile_blocks) if sums else 0)
         kept = torch.empty(num_sampled * floats, dtype=torch.float32, device=device)
         out = torch.empty((batch, heads, num_q_blocks, num_kv_blocks), dtype=torch.float32, device=device)
         positions = draw_positions(q_len, kv_len, lengths, block_q, block_kv, samples_q, samples_kv, seed, device)
@@ -360,7 +381,7 @@ def forward(
             num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
             HEAD_DIM=head_dim, DIM_TILE=dim_tile, SAMPLES_Q=samples_q, TILE_M=tile.rows, BLOCK_KV=block_kv,
             SAMPLES_KV=samples_kv, PER_BLOCK=per_block, BLOCKS=tile_blocks, HAS_LENGTHS=lengths is not None,
-            NEGATE=scale < 0, IS_CAUSAL=is_causal, IS_MEAN=is_mean,
+            NEGATE=scale < 0, IS_CAUSAL=is_causal, SUMS=sums, IS_ERROR=is_error,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -369,6 +390,6 @@ def forward(
         _reduce_kernel[(batch * heads * num_q_blocks * triton.cdiv(num_kv_blocks, blocks),)](
             kept, positions, out, heads, num_sampled, num_q_blocks, num_kv_blocks, kv_positions_stride, scale_log2,
             SAMPLES_Q=samples_q, ROWS=rows, SAMPLES_KV=samples_kv, PER_BLOCK=per_block,
-            TILE_BLOCKS=tile_blocks, BLOCKS=blocks, IS_MEAN=is_mean,
+            TILE_BLOCKS=tile_blocks, BLOCKS=blocks, SUMS=sums, IS_ERROR=is_error,
         )  # fmt: skip
     return out
