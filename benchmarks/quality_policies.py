@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from psa_kernels import BlockLayout, pyramid_attention
-from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order
+from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order, semantic_order
 
 BLOCK = 64
 PAPER = (0.10, 0.15, 0.15, 0.35)
@@ -19,6 +19,7 @@ TAILED = (0.09, 0.14, 0.14, 0.34)
 """The paper's quotas with a level 1 smaller by what the tail costs."""
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
 SIMILARITY = (0.70, 0.65, 0.60)
+CLUSTERS = 64
 
 Settings = Mapping[str, Any]
 Order = Callable[[VideoGrid, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -35,12 +36,24 @@ def fixed(make: Callable[[VideoGrid], TokenOrder]) -> Order:
     return order
 
 
+def semantic(grid: VideoGrid, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys each by their clusters."""
+    return semantic_order(query, CLUSTERS, grid=grid).order, semantic_order(key, CLUSTERS, grid=grid).order
+
+
+def hybrid(grid: VideoGrid, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries along the curve, keys by their clusters."""
+    return gilbert_order(grid).order.to(query.device), semantic_order(key, CLUSTERS, grid=grid).order
+
+
 ORDERS: dict[str, Order] = {
     "as they are": fixed(lambda grid: TokenOrder.identity(grid.seq_len)),
     "Gilbert": fixed(gilbert_order),
     "cubes 4x4x4": fixed(lambda grid: cube_order(grid, (4, 4, 4))),
     "cubes 4x4x4 along Gilbert": fixed(lambda grid: cube_order(grid, (4, 4, 4), along="gilbert")),
     "cubes 1x8x8": fixed(lambda grid: cube_order(grid, (1, 8, 8))),
+    "semantic": semantic,
+    "hybrid": hybrid,
 }
 
 
@@ -92,6 +105,10 @@ def threshold(**more: object) -> Settings:
     return {"mode": "threshold", "bounds": THRESHOLDS, **more}
 
 
+def budget(**more: object) -> Settings:
+    return {"mode": "budget", "density": 0.15, **more}
+
+
 def tailed(**more: object) -> Settings:
     return quota(TAILED, skip="mean", **more)
 
@@ -99,6 +116,7 @@ def tailed(**more: object) -> Settings:
 FRONTIER, CHOICES, STEPS, ORDERING, DRAWS = (
     "Policies", "One choice changed", "Levels of earlier steps", "Token order", "Other draws of the sample"
 )  # fmt: skip
+DENSITIES = tuple({"density": density} for density in (0.06, 0.1, 0.3, 0.45))
 QUOTAS, WITH_TAIL, BY_THRESHOLD = "the paper's quotas", "quotas + tail", "the paper's thresholds"
 
 ROWS: tuple[Row, ...] = (
@@ -109,11 +127,14 @@ ROWS: tuple[Row, ...] = (
     Row("level 1 + tail", quota((0.14,), skip="mean"), FRONTIER, sweep=scaled((0.14,), 0.3, 0.6, 2, 3), videos=True),
     Row(WITH_TAIL, tailed(), FRONTIER, sweep=scaled(TAILED, 0.3, 0.6, 2, 3), videos=True),
     Row("thresholds + tail", threshold(skip="mean"), FRONTIER, sweep=scaled(THRESHOLDS, 0.4, 0.7, 1.2), videos=True),
+    Row("budget", budget(reduction="mean"), FRONTIER, sweep=DENSITIES, videos=True),
+    Row("budget + tail", budget(reduction="error", skip="mean"), FRONTIER, sweep=DENSITIES, videos=True),
     Row("level 1 for 4% + tail", quota((0.04,), skip="mean"), CHOICES, base=QUOTAS, videos=True),
     Row("quotas, mean", quota(PAPER, reduction="mean"), CHOICES, base=QUOTAS, videos=True),
     Row("quotas + tail, mean", tailed(reduction="mean"), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas, 8 samples", quota(PAPER, samples_q=8, samples_kv=8), CHOICES, base=QUOTAS),
     Row("quotas, 32 samples", quota(PAPER, samples_q=32, samples_kv=32), CHOICES, base=QUOTAS),
+    Row("quotas + tail, error", tailed(reduction="error"), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, 8 samples", tailed(samples_q=8, samples_kv=8), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, 32 samples", tailed(samples_q=32, samples_kv=32), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, antidiagonals", tailed(method="antidiagonal"), CHOICES, base=WITH_TAIL, videos=True),
