@@ -70,7 +70,7 @@ def inputs(length: int, heads: int, kv_heads: int, head_dim: int, device: torch.
         coarse = torch.randn(count, head_dim, -(-length // 256) + 1, generator=generator, device=device)
         smooth = torch.nn.functional.interpolate(coarse, size=length, mode="linear").transpose(1, 2)
         noise = torch.randn(smooth.shape, generator=generator, device=device)
-        return (smooth + 0.5 * noise)[None].to(dtype)
+        return (smooth + 0.5 * noise)[None].to(dtype).contiguous()
 
     key = draw(kv_heads)
     query = draw(heads) + 0.5 * key.repeat_interleave(heads // kv_heads, dim=1)

@@ -10,9 +10,11 @@ pytestmark = pytest.mark.gpu
 
 
 def test_the_kernels_are_right_on_this_card(capsys: pytest.CaptureFixture[str]) -> None:
-    status = main(["doctor", "--json"])
+    main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert status == 0, [finding for finding in report["findings"] if finding["status"] == "fail"]
+    # Whether this machine can write videos is another matter.
+    wrong = [finding for finding in report["findings"] if finding["status"] == "fail" and finding["name"] != "video"]
+    assert wrong == []
     assert report["device"] == "cuda"
     operators = [finding for finding in report["findings"] if finding["name"].endswith(("float32", "bfloat16"))]
     assert len(operators) == 12

@@ -178,7 +178,7 @@ def _inputs(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: 
         points = torch.randn(heads, head_dim, 2 + tokens // 64, generator=generator, device=device)
         smooth = interpolate(points, size=tokens, mode="linear").mT
         noise = torch.randn(heads, tokens, head_dim, generator=generator, device=device)
-        made.append((1.5 * smooth + 0.5 * noise)[None].to(dtype))
+        made.append((1.5 * smooth + 0.5 * noise)[None].to(dtype).contiguous())
     return made
 
 
