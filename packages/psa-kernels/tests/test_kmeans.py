@@ -86,7 +86,8 @@ def test_ties_go_to_the_first(backend):
 def test_copies_of_a_centroid_stay_empty(backend):
     """However far behind the first they are listed."""
     for dtype in backend.dtypes:
-        x = make_tokens((1, 2, 150, 24), dtype=dtype, device=backend.device, seed=4)
+        # Whole numbers, because equal columns of a product may round apart.
+        x = make_tokens((1, 2, 150, 24), dtype=dtype, device=backend.device, seed=4).round()
         start = x[:, :, ::3].float().repeat(1, 1, 3, 1)
         clusters = kmeans(x, 150, centroids=start, num_iterations=1, impl=backend.impl)
         assert (clusters.assignments < 50).all()
