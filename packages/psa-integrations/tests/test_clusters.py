@@ -161,6 +161,36 @@ def test_in_a_pipeline(
     assert torch.equal(run(pipeline), untouched)
 
 
+@pytest.mark.parametrize(
+    ("steps", "is_one_run"),
+    [
+        ([(1, 10), (2, 10)], True),
+        ([(1, 10), (2, 40)], False),  # of a run of another length
+        ([(1, 10), (0, 10), (2, 10)], False),  # a dense step tells too
+        ([(2, None), (3, None)], True),
+    ],
+)
+@torch.no_grad()
+def test_another_run_of_a_transformer(
+    steps: list[tuple[int, int | None]],
+    is_one_run: bool,
+    build: Callable[[str], Any],
+    make_preset: MakePreset,
+    wan_call: dict[str, Tensor],
+) -> None:
+    transformer = build("wan21").transformer
+    sparse = make_preset(SPARSE, rearrange_method="Hybrid", num_clusters=9, cluster_iterations=1, warmup_steps=1)
+
+    def last_of(steps: list[tuple[int, int | None]]) -> Tensor:
+        with apply_pyramid_sparse_attention(transformer, sparse) as handle:
+            for index, total in steps:
+                with handle.at_step(index, total):
+                    flow: Tensor = transformer(**wan_call).sample
+        return flow
+
+    assert torch.equal(last_of(steps), last_of(steps[-1:])) != is_one_run
+
+
 def test_too_many_clusters_are_refused_before_the_dense_steps(
     build: Callable[[str], Any], run: Callable[..., Tensor], make_preset: MakePreset
 ) -> None:

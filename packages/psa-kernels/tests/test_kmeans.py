@@ -83,6 +83,17 @@ def test_ties_go_to_the_first(backend):
     check()
 
 
+def test_copies_of_a_centroid_stay_empty(backend):
+    """However far behind the first they are listed."""
+    for dtype in backend.dtypes:
+        # Whole numbers, because equal columns of a product may round apart.
+        x = make_tokens((1, 2, 150, 24), dtype=dtype, device=backend.device, seed=4).round()
+        start = x[:, :, ::3].float().repeat(1, 1, 3, 1)
+        clusters = kmeans(x, 150, centroids=start, num_iterations=1, impl=backend.impl)
+        assert (clusters.assignments < 50).all()
+        assert torch.equal(clusters.centroids[:, :, 50:], start[:, :, 50:])
+
+
 def test_oracle_takes_the_nearest():
     x = torch.tensor([0.0, 1.0, 2.0, 10.0]).view(1, 1, 4, 1)
     clusters = kmeans(x, 3, centroids=torch.tensor([[[[2.0], [0.0], [-50.0]]]]), num_iterations=1, impl="reference")

@@ -12,6 +12,7 @@ from psa_kernels.testing import assert_within_error_budget, make_qkv
 from psa_masks import (
     AttentionOrder,
     HeadOrder,
+    SemanticOrder,
     TokenOrder,
     VideoGrid,
     cube_order,
@@ -180,3 +181,32 @@ def test_semantic_order_refuses() -> None:
         semantic_order(x[0], 5)
     with pytest.raises(TypeError, match="x must be a tensor, got NoneType"):
         semantic_order(None, 5)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_host_does_not_wait() -> None:
+    grid = VideoGrid(frames=5, height=17, width=19, text=30)
+    query, key, value = make_qkv(
+        heads=4, kv_heads=2, q_len=grid.seq_len, head_dim=64, dtype=torch.bfloat16, device="cuda"
+    )
+
+    def run() -> AttentionOrder:
+        order = hybrid_order(grid, key, 40)
+        order.undo(order.apply(query, key, value)[0])
+        keys = order.key
+        assert isinstance(keys, SemanticOrder)
+        semantic_order(query, 40, num_iterations=1).apply(query)
+        return AttentionOrder(None, semantic_order(key, 40, grid=grid, centroids=keys.centroids))
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        order, again = run(), run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for keys in (order.key, again.key):
+        assert isinstance(keys, HeadOrder)
+        places = torch.arange(grid.seq_len, device="cuda").expand_as(keys.order)
+        assert torch.equal(keys.order.sort(dim=-1).values, places)
+        assert torch.equal(keys.undo(keys.apply(key)), key)
+    assert torch.equal(order.apply(query, key, value)[1], again.apply(query, key, value)[1])
