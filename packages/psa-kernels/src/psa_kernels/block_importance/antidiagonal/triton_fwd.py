@@ -86,7 +86,7 @@ def _groups_kernel(
     TILE_M: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    num_rows = num_q_blocks * SAMPLES_Q
+    num_rows = num_q_blocks.to(tl.int64) * SAMPLES_Q
     num_tiles = (num_rows + TILE_M - 1) // TILE_M
     pid = tl.program_id(0).to(tl.int64)
     own = pid // num_tiles  # head among those of this launch
@@ -157,7 +157,7 @@ def _scores_kernel(
     q_row = pid // chunks  # over the heads of this launch and their query blocks
     own = q_row // num_q_blocks
     batch = (first_head + own) // num_heads
-    num_rows = num_q_blocks * SAMPLES_Q
+    num_rows = num_q_blocks.to(tl.int64) * SAMPLES_Q
     first_row = own * num_rows
     row_max_ptr = kept_ptr + num_groups.to(tl.int64) * num_kv_blocks
     row_share_ptr = row_max_ptr + num_groups
