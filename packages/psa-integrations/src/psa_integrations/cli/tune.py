@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{_name(candidate)}: PSNR {psnr:.2f} dB", flush=True)
         if best is None or psnr > best[0]:
             text = (
-                f"Tuned on {len(prompts)} prompts, {settings.frames} frames of {settings.width}x{settings.height}, "
+                f"Tuned, prompts: {len(prompts)}, {settings.frames} frames of {settings.width}x{settings.height}, "
                 f"{settings.steps} steps: density {executed:.4f}, attention error {error:.4f}, PSNR {psnr:.2f} dB."
             )
             best = psnr, text, candidate
