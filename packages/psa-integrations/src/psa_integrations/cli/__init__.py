@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from psa_integrations.__about__ import __version__
-from psa_integrations.cli import bench, demo, doctor, generate, presets
+from psa_integrations.cli import bench, demo, doctor, generate, presets, tune
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     presets.add_parser(commands)
     doctor.add_parser(commands)
     bench.add_parser(commands)
+    tune.add_parser(commands)
     return parser
 
 
