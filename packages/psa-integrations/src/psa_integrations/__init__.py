@@ -7,6 +7,7 @@ from psa_integrations.diffusers import (
     UnsupportedError,
     apply_pyramid_sparse_attention,
 )
+from psa_integrations.recording import LevelMap, LevelRecorder
 from psa_integrations.stats import AttentionStats, LayerStats
 from psa_integrations.steps import StepError
 
@@ -14,6 +15,8 @@ __all__ = [
     "AppliedAttention",
     "AttentionStats",
     "LayerStats",
+    "LevelMap",
+    "LevelRecorder",
     "PyramidAttention",
     "StepError",
     "UnsupportedError",

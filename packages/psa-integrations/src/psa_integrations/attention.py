@@ -1,5 +1,7 @@
 """Pyramid sparse attention as one call: importance, levels, plan, attention."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -37,7 +39,13 @@ def check_device(impl: str | None, tensor: Tensor) -> None:
 
 
 def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, policy: MaskPolicy, *, impl: str | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    policy: MaskPolicy,
+    *,
+    impl: str | None = None,
+    on_levels: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the levels that `policy` gives to the block pairs.
 
@@ -47,6 +55,7 @@ def sparse_attention(
         value: [B, H_kv, kv_len, D].
         policy: decides the levels.
         impl: implementation of every operator, see psa_kernels.pyramid_attention.
+        on_levels: called with the levels, int8 [B, H, num_q_blocks, num_kv_blocks].
 
     Where the dtypes differ, as after a norm or a rotary table kept in float32, query and key are cast to the
     dtype of value, which is the one the model computes in.
@@ -57,6 +66,8 @@ def sparse_attention(
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
     levels = policy(query, key, impl=impl)
+    if on_levels is not None:
+        on_levels(levels)
     layout = BlockLayout(
         query.shape[2],
         key.shape[2],

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from psa_integrations.__about__ import __version__
-from psa_integrations.cli import demo, generate
+from psa_integrations.cli import compare, demo, generate
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,6 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate.add_parser(commands)
     demo.add_parser(commands)
+    compare.add_parser(commands)
     return parser
 
 

@@ -1,9 +1,11 @@
-"""One video from one preset: what `psa generate` and `psa demo` share."""
+"""One video from one preset: what the commands that make videos share."""
 
 import argparse
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,46 @@ from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
 from psa_integrations.diffusers import apply_pyramid_sparse_attention
+from psa_integrations.recording import LevelRecorder
+from psa_integrations.stats import AttentionStats
 
 
 @dataclass(frozen=True)
 class Result:
-    """A video [F, H, W, 3] in [0, 1], the seconds it took, and the mean density of its self-attention."""
+    """A video [F, H, W, 3] in [0, 1], the seconds it took, and what its self-attention executed."""
 
     video: np.ndarray
     seconds: float
-    density: float
+    stats: AttentionStats
+
+    @property
+    def density(self) -> float:
+        """The mean over all calls."""
+        return self.stats.density
+
+
+class StepClock:
+    """Times the denoising steps of a run, from the first call of a transformer on; waits for the device each step."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def start(self, *_: Any) -> None:
+        """A forward pre-hook of the transformers: the first call of a run starts the clock."""
+        if not self._times:
+            self._times.append(time.perf_counter())
+
+    def step_ended(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """A diffusers `callback_on_step_end`, which changes nothing."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._times.append(time.perf_counter())
+        return tensors
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Of each step so far."""
+        return tuple(end - begin for begin, end in pairwise(self._times))
 
 
 def positive(text: str) -> int:
@@ -85,15 +118,37 @@ def check_steps(preset: Preset, steps: int) -> None:
         )
 
 
-def sample(pipeline: Any, preset: Preset, options: argparse.Namespace, run: RunDefaults) -> Result:
+def sample(
+    pipeline: Any,
+    preset: Preset,
+    options: argparse.Namespace,
+    run: RunDefaults,
+    *,
+    recorder: LevelRecorder | None = None,
+    clock: StepClock | None = None,
+) -> Result:
     """Generates one video with the preset's attention; the pipeline is left as it was.
+
+    Args:
+        options: those of `add_sampling_options`, and `prompt`.
+        recorder: gets the level maps.
+        clock: times the steps.
 
     Raises:
         ValueError: see `check_steps`; and what the pipeline refuses.
     """
     check_steps(preset, run.steps)
     pipeline.set_progress_bar_config(desc=preset.name, disable=options.quiet)
-    with apply_pyramid_sparse_attention(pipeline, preset) as applied:
+    with ExitStack() as stack:
+        applied = stack.enter_context(apply_pyramid_sparse_attention(pipeline, preset))
+        applied.record_levels(recorder)
+        watched = {}
+        if clock is not None:
+            watched = {"callback_on_step_end": clock.step_ended}
+            for name in ("transformer", "transformer_2"):
+                if getattr(pipeline, name, None) is not None:
+                    hook = getattr(pipeline, name).register_forward_pre_hook(clock.start)
+                    stack.callback(hook.remove)
         began = time.perf_counter()
         frames = pipeline(
             prompt=options.prompt,
@@ -105,7 +160,8 @@ def sample(pipeline: Any, preset: Preset, options: argparse.Namespace, run: RunD
             guidance_scale=run.guidance,
             generator=torch.Generator().manual_seed(options.seed),
             output_type="np",
+            **watched,
         ).frames[0]
         seconds = time.perf_counter() - began
-        density = applied.stats().density
-    return Result(np.asarray(frames), seconds, density)
+        stats = applied.stats()
+    return Result(np.asarray(frames), seconds, stats)

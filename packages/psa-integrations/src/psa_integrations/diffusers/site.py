@@ -15,6 +15,7 @@ from psa_config import Preset
 from psa_integrations.attention import check_device, sparse_attention
 from psa_integrations.build import mask_policy, sparse_attention_of, token_order
 from psa_integrations.diffusers.adapter import Adapter, Processor
+from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import StatsRecorder
 from psa_integrations.steps import StepFinder, is_dense_step
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
@@ -64,6 +65,7 @@ class TransformerSite:
         self.name = name
         self.transformer = transformer
         self.preset = preset
+        self.level_recorder: LevelRecorder | None = None
         self._adapter = adapter
         self._sparse = sparse_attention_of(preset)
         self._finder = finder
@@ -160,8 +162,12 @@ class TransformerSite:
                 f"the self-attention of layer {layer} must get the {forward.grid.seq_len} tokens of "
                 f"{forward.grid}, which is what the input of the transformer has, got {query.shape[2]}"
             )
-        out, density = sparse_attention(query, key, value, forward.policy, impl=self._impl)
-        self._stats.sparse((self.name, self._step, layer), density)
+        place = (self.name, self._step, layer)
+        take = None
+        if self.level_recorder is not None:
+            take = self.level_recorder.taker(place, grid=forward.grid, order=forward.order, policy=forward.policy)
+        out, density = sparse_attention(query, key, value, forward.policy, impl=self._impl, on_levels=take)
+        self._stats.sparse(place, density)
         return out
 
     def _begin(
