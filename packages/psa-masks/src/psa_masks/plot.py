@@ -8,13 +8,18 @@ from torch import Tensor
 
 from psa_masks import checks
 
-# Nine steps of viridis, whose lightness alone tells them apart, so they hold for every colour vision and in grey.
-# The steps are wider among levels 1 to 4, which most maps are made of. Entry 0 is for skipped blocks.
-_RAMP = ("#440154", "#414487", "#2a788e", "#22a884", "#44bf70", "#5ec962", "#9bd93c", "#d0e11c", "#fde725")
-LEVEL_COLOURS: tuple[str, ...] = ("#e4e6ea", *_RAMP)
-"""`#rrggbb` of levels 0 (skipped) to 9 on a light page: the finer, the darker."""
-LEVEL_COLOURS_DARK: tuple[str, ...] = ("#23262d", *reversed(_RAMP))
-"""The same for a dark page: the finer, the lighter."""
+# Steps of viridis, whose lightness alone tells them apart: they hold for every colour vision and in grey. They are
+# wider among levels 1 to 4, which most maps are made of. Entry 0 is for skipped blocks.
+LEVEL_COLOURS: tuple[str, ...] = (
+    "#e4e6ea",
+    *("#440154", "#35608d", "#21918c", "#4ac16d", "#7ad151", "#a2da37", "#c2df23", "#dde318", "#fde725"),
+)
+"""`#rrggbb` of levels 0 (skipped) to 9 on a light ground: the finer, the darker."""
+LEVEL_COLOURS_DARK: tuple[str, ...] = (
+    "#23262d",
+    *("#fde725", "#8fd744", "#35b779", "#21918c", "#2c7a8e", "#31688e", "#3f5590", "#4a4390", "#542f88"),
+)
+"""The same on a dark ground: the finer, the lighter."""
 
 
 def level_image(levels: Tensor, *, cell: int = 1, dark: bool = False) -> Tensor:

@@ -77,7 +77,7 @@
   const MARKERS = ["circle", "square", "triangle", "diamond"];
   const styleOf = (run) => ({
     colour: run === 0 ? "var(--soft)" : `var(--s${(run - 1) % 6})`,
-    dash: run === 0 ? "1 2" : DASHES[(run - 1) % DASHES.length],
+    dash: run === 0 ? "" : DASHES[(run - 1) % DASHES.length],
     marker: run === 0 ? "none" : MARKERS[(run - 1) % MARKERS.length],
   });
 
@@ -165,6 +165,7 @@
     const host = $("videos");
     host.classList.toggle("pixels", Math.max(data.pictures.width, data.pictures.height) <= 160);
     const { width, height } = data.pictures;
+    host.style.setProperty("--aspect", clamp(width / height, 0.6, 1.8));
     host.replaceChildren();
     figures.length = 0;
     runs().forEach((run, index) => {
@@ -339,11 +340,11 @@
       const counted = run.step_seconds.filter((_, step) => run.dense || !dense.has(step));
       return counted.length ? `${run.name} ${seconds(median(counted))}` : `${run.name}: no such step`;
     });
-    $("time-note").textContent = `Median of the sparse steps, and of all steps of dense: ${parts.join(", ")}. First steps may warm up caches or compile. On ${data.device}, ${data.dtype}; short sequences gain little or nothing from sparse attention.`;
+    $("time-note").textContent = `Median of the sparse steps, and of all steps of dense: ${parts.join(", ")}. First steps may warm up caches or compile. On ${data.device}, ${data.dtype}.`;
   }
 
   function drawSummary() {
-    const head = ["Preset", "Time", "against dense", "Density", "PSNR", "SSIM"].map((text) => make("th", { scope: "col" }, text));
+    const head = ["Preset", "Time", "vs dense", "Density", "PSNR", "SSIM"].map((text) => make("th", { scope: "col" }, text));
     const rows = runs().map((run, index) => {
       const name = make("td", {}, keyOf(index), run.name);
       const cells = [
@@ -544,6 +545,7 @@
   let drawing = 0;
   async function drawLevels() {
     const turn = ++drawing;
+    $("levels").setAttribute("aria-busy", "true");
     const map = currentMap();
     let problem = map ? "" : whyNoMap();
     if (map) {
@@ -561,7 +563,12 @@
     $("levels-missing").hidden = !problem;
     $("levels-missing").textContent = problem;
     $("levels").hidden = Boolean(problem);
-    if (problem) { view = null; return; }
+    if (problem) view = null;
+    else showView();
+    $("levels").setAttribute("aria-busy", "false");
+  }
+
+  function showView() {
     const { order } = view;
     state.patch = { t: clamp(state.patch.t, 0, order.frames - 1), y: clamp(state.patch.y, 0, order.height - 1), x: clamp(state.patch.x, 0, order.width - 1) };
     view.colours = palette().map(rgb);
@@ -747,7 +754,7 @@
       const swatch = makeSvg("svg", { class: "swatch", "aria-hidden": "true" }, makeSvg("rect", { width: "100%", height: "100%", fill: palette()[level] }));
       return make("tr", {}, make("td", {}, swatch, level ? `level ${level}` : "skipped"), make("td", {}, level ? levelName(level, map) : "not read at all"), make("td", {}, share(row, level)), make("td", {}, share(levels, level)));
     });
-    const head = ["Level", "A block is read as", "Of this query's key blocks", "Of the whole map"].map((text) => make("th", { scope: "col" }, text));
+    const head = ["Level", "A block is read as", "This query", "Whole map"].map((text) => make("th", { scope: "col" }, text));
     $("legend").replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
     const cost = (list) => list.reduce((sum, level) => sum + (level ? 2 ** (1 - level) : 0), 0) / list.length;
     const { t, y, x } = state.patch;
@@ -880,12 +887,12 @@
 
   // ---- the page ------------------------------------------------------------------------------------------------
 
-  function drawAll() {
+  async function drawAll() {
     drawFrameCharts();
     drawTimeChart();
     drawDensity();
-    drawLevels();
     drawFrame();
+    await drawLevels();
   }
 
   async function showPrompt(index) {
@@ -901,12 +908,15 @@
     drawSummary();
     buildDensity();
     fillChoices();
+    $("videos").setAttribute("aria-busy", "true");
     try {
       await loadPictures();
     } catch (error) {
       $("pictures-note").textContent = `The frames cannot be shown: ${error.message}`;
     }
-    if (state.prompt === index) drawAll();
+    if (state.prompt !== index) return;
+    await drawAll();
+    $("videos").setAttribute("aria-busy", "false");
   }
 
   async function start() {
@@ -920,6 +930,7 @@
     }
     const first = data.shown[0].flatMap((shown) => shown.maps)[0];
     if (first) {
+      Object.assign(state, { transformer: first.transformer, layer: first.layer, step: first.step, head: first.heads[0] });
       const { frames, height, width } = data.orders[first.order];
       state.patch = { t: frames >> 1, y: height >> 1, x: width >> 1 };
     }
