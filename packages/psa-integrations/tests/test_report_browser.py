@@ -205,7 +205,7 @@ def level_map(step: int, layer: int, seed: int, order: TokenOrder | None) -> Lev
 
 MAPS = {
     name: {(3, layer): level_map(3, layer, 10 * run + layer, order) for layer in (0, 1)}
-    for run, (name, order) in enumerate((("plain", ORDER), (NASTY, None)))
+    for run, (name, order) in enumerate((("Plain", ORDER), (NASTY, None)))
 }
 
 
@@ -220,7 +220,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = ReportWriter(about, num_videos=6)
     for prompt, text in enumerate((NASTY, "another prompt")):
         writer.start_prompt(text)
-        for run, name in enumerate(("dense", "plain", NASTY)):
+        for run, name in enumerate(("dense", "Plain", NASTY)):
             layers = tuple(
                 LayerStats("transformer", step, layer, 1.0 if dense else 0.3 + 0.1 * layer, 2, 2 if dense else 0)
                 for step in range(4)
@@ -281,7 +281,7 @@ def test_names_and_prompts_are_texts(browser: Browser, page: Path) -> None:
     assert browser.js("document.querySelector('#prompt').textContent") == NASTY
     assert browser.js("[...document.querySelectorAll('#summary tbody tr')].map((it) => it.cells[0].textContent)") == [
         "dense",
-        "plain",
+        "Plain",
         NASTY,
     ]
     assert browser.js("document.querySelectorAll('script, img').length") == 2
@@ -361,7 +361,7 @@ def test_choices_show_the_level_map_of_that_place(
 ) -> None:
     browser.open(page, scheme=scheme)
     browser.choose("#choose-step", 3)
-    for run, name in ((1, "plain"), (2, NASTY)):
+    for run, name in ((1, "Plain"), (2, NASTY)):
         browser.choose("#choose-run", run)
         for layer in (0, 1):
             browser.choose("#choose-layer", layer)
@@ -379,7 +379,7 @@ def test_the_row_of_a_patch_is_shown_where_its_keys_are(browser: Browser, page: 
     browser.js("document.querySelector('#level-map').focus()")
     for _ in range(20):
         browser.key("ArrowDown")
-    levels = MAPS["plain"][3, 1].levels[0]
+    levels = MAPS["Plain"][3, 1].levels[0]
     row = levels[-1]
     strip = browser.pixels("#strip")
     width = browser.js("document.querySelector('#strip').clientWidth")
@@ -433,12 +433,12 @@ def test_what_is_missing_is_said(browser: Browser, page: Path) -> None:
     notice = "document.querySelector('#levels-missing').textContent"
     hidden = "document.querySelector('#levels').hidden"
     browser.choose("#choose-step", 1)
-    assert browser.js(notice) == "Layer 0, step 1 of plain ran dense: every query reads every key at level 1."
+    assert browser.js(notice) == "Layer 0, step 1 of Plain ran dense: every query reads every key at level 1."
     assert browser.js(hidden) is True
     browser.choose("#choose-step", 3)
     assert browser.js(hidden) is False
     browser.choose("#prompt-select", 1)
-    assert browser.js(notice) == "No level map was kept of layer 0, step 3 of plain."
+    assert browser.js(notice) == "Layer 0, step 3 of Plain: no level map was kept."
 
 
 def test_a_cell_of_the_density_map_chooses_its_level_map(browser: Browser, page: Path) -> None:

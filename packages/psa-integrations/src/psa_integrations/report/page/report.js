@@ -308,8 +308,8 @@
     const series = (name) => sparse.map(({ run, index }) => ({ run: index, values: run[name] }));
     const tip = (name, show) => (at) => `frame ${at}\n` + sparse.map(({ run }) => `${run.name}: ${show(run[name][at])}`).join("\n");
     frameCharts = [
-      lineChart($("psnr-chart"), series("psnr_per_frame"), { title: "PSNR", unit: "dB, by frame", pick: goTo, tip: tip("psnr_per_frame", decibel), none: "Every frame equals the dense one: PSNR is infinite." }),
-      lineChart($("ssim-chart"), series("ssim_per_frame"), { title: "SSIM", unit: "by frame", most: 1, pick: goTo, tip: tip("ssim_per_frame", (value) => fixed(value, 4)) }),
+      lineChart($("psnr-chart"), series("psnr_per_frame"), { title: "PSNR", unit: "dB, by frame", pick: stopAt, tip: tip("psnr_per_frame", decibel), none: "Every frame equals the dense one: PSNR is infinite." }),
+      lineChart($("ssim-chart"), series("ssim_per_frame"), { title: "SSIM", unit: "by frame", most: 1, pick: stopAt, tip: tip("ssim_per_frame", (value) => fixed(value, 4)) }),
     ];
     frameCharts.forEach((chart) => chart.move(state.frame));
     const equal = sparse.filter(({ run }) => run.psnr_per_frame.includes(null)).map(({ run }) => `${run.name} (${run.psnr_per_frame.filter((value) => value === null).length})`);
@@ -528,7 +528,7 @@
     if (entry && entry.dense_calls === entry.calls) return `${where} ran dense: every query reads every key at level 1.`;
     if (!entry) return `${where} was never called, so there is no level map.`;
     const left = data.shown[state.prompt][state.run].maps_left_out;
-    return left ? `${where} has no level map: ${plural(left, "map")} went beyond the room there was for them.` : `No level map was kept of ${where.toLowerCase()}.`;
+    return left ? `${where} has no level map: ${plural(left, "map")} went beyond the room there was for them.` : `${where}: no level map was kept.`;
   }
 
   const palette = () => (dark.matches ? data.palette.dark : data.palette.light);
@@ -622,7 +622,7 @@
     return { columns, tile, tall: (tile * height) / across, rows: Math.ceil(frames / columns), gap: 6, label: 15 };
   }
 
-  /** Mean colour of each token's patch in the video, and what each token is read as in the chosen row. */
+  /** RGB of what each token is read as in the chosen row, where its level is above 1: the mean over its row's patches. */
   function readColours(query) {
     const { map, order } = view;
     const key = `${state.prompt} ${state.run} ${map.order}`;
@@ -644,7 +644,7 @@
       view.means = means;
       view.meansOf = key;
     }
-    const read = new Map();
+    const read = new Float32Array(order.places32.length * 3);
     for (let block = 0; block < map.num_kv_blocks; block++) {
       const level = levelAt(query, block);
       if (level < 2) continue;
@@ -653,35 +653,30 @@
         const tokens = Array.from(order.tokens.subarray(first, Math.min(first + pool, stop))).filter((token) => token >= 0);
         if (!tokens.length) continue;
         const mean = [0, 1, 2].map((channel) => tokens.reduce((sum, token) => sum + view.means[token * 3 + channel], 0) / tokens.length);
-        const colour = `rgb(${mean.map(Math.round).join(" ")})`;
-        for (const token of tokens) read.set(token, colour);
+        for (const token of tokens) read.set(mean, token * 3);
       }
     }
     return read;
   }
 
+  /** The frames with the chosen row of the map on them, all but the mark of the frame that plays. */
   function drawStrip() {
     if (!pictures.length) return;
-    const { order, colours } = view;
+    const { order } = view;
     const canvas = $("strip");
     const width = canvas.parentElement.clientWidth;
-    const shape = stripShape(width);
+    const shape = view.strip = stripShape(width);
     const height = shape.rows * (shape.tall + shape.label + shape.gap) - shape.gap;
-    const context = fit(canvas, width, height);
     canvas.style.height = `${height}px`;
-    view.strip = shape;
-    const chosen = tokenOf(state.patch), query = queryBlock(chosen);
-    const read = state.mode === "read" ? readColours(query) : null;
-    const small = Math.max(data.pictures.width, data.pictures.height) <= 160;
-    const current = Array.from({ length: order.frames }, (_, t) => t).filter((t) => videoFrame(t) <= state.frame).pop() ?? 0;
-    const wide = shape.tile / order.width, tall = shape.tall / order.height;
-    const tint = colours.map((colour) => `rgb(${colour.join(" ")})`);
-    const ink = css("--ink"), page = css("--page"), soft = css("--soft");
-    context.font = "12px system-ui, sans-serif";
+    const base = view.base = make("canvas");
+    const context = fit(base, width, height);
+    fit(canvas, width, height);
+    const query = queryBlock(tokenOf(state.patch));
+    const ground = groundOf(query);
+    const grid = pixelContext(order.width, order.height);
     for (let t = 0; t < order.frames; t++) {
-      const left = (t % shape.columns) * (shape.tile + shape.gap);
-      const top = Math.floor(t / shape.columns) * (shape.tall + shape.label + shape.gap);
-      context.imageSmoothingEnabled = !small;
+      const { left, top } = tileAt(t);
+      context.imageSmoothingEnabled = Math.max(data.pictures.width, data.pictures.height) > 160;
       context.drawImage(pictures[state.run][videoFrame(t)], left, top, shape.tile, shape.tall);
       if (state.mode === "levels") {
         // Grey below the tint, so that its colours stay those of the legend.
@@ -690,53 +685,85 @@
         context.fillRect(left, top, shape.tile, shape.tall);
         context.globalCompositeOperation = "source-over";
       }
-      for (let y = 0; y < order.height; y++) for (let x = 0; x < order.width; x++) {
-        const token = (t * order.height + y) * order.width + x;
-        const level = levelAt(query, keyBlockOf(token));
-        // Edges on whole pixels of the screen: seams would show through the tint.
-        const [x0, y0, x1, y1] = [left + x * wide, top + y * tall, left + (x + 1) * wide, top + (y + 1) * tall].map((at) => Math.round(at * devicePixelRatio) / devicePixelRatio);
-        if (state.mode === "levels") {
-          context.globalAlpha = state.tint;
-          context.fillStyle = tint[level];
-          context.fillRect(x0, y0, x1 - x0, y1 - y0);
-          context.globalAlpha = 1;
-        } else if (state.mode === "read" && level !== 1) {
-          context.fillStyle = level ? read.get(token) : tint[0];
-          context.fillRect(x0, y0, x1 - x0, y1 - y0);
-        }
+      if (state.mode !== "video") {
+        const size = order.height * order.width * 4;
+        grid.putImageData(new ImageData(ground.subarray(t * size, (t + 1) * size), order.width, order.height), 0, 0);
+        context.imageSmoothingEnabled = false;
+        context.drawImage(grid.canvas, left, top, shape.tile, shape.tall);
       }
-      // The border of the query block: the patches that share the row of the map.
-      const inside = (y, x) => y >= 0 && x >= 0 && y < order.height && x < order.width && queryBlock((t * order.height + y) * order.width + x) === query;
-      for (const [colour, line] of [[page, 4], [ink, 2]]) {
-        context.strokeStyle = colour;
-        context.lineWidth = line;
-        context.beginPath();
-        for (let y = 0; y < order.height; y++) for (let x = 0; x < order.width; x++) {
-          if (!inside(y, x)) continue;
-          const [x0, y0, x1, y1] = [left + x * wide, top + y * tall, left + (x + 1) * wide, top + (y + 1) * tall];
-          if (!inside(y - 1, x)) { context.moveTo(x0, y0); context.lineTo(x1, y0); }
-          if (!inside(y + 1, x)) { context.moveTo(x0, y1); context.lineTo(x1, y1); }
-          if (!inside(y, x - 1)) { context.moveTo(x0, y0); context.lineTo(x0, y1); }
-          if (!inside(y, x + 1)) { context.moveTo(x1, y0); context.lineTo(x1, y1); }
-        }
-        context.stroke();
-      }
-      if (t === state.patch.t) {
-        const x = left + (state.patch.x + 0.5) * wide, y = top + (state.patch.y + 0.5) * tall;
-        for (const [colour, radius] of [[page, 5.5], [css("--accent"), 4]]) {
-          context.fillStyle = colour;
-          context.beginPath();
-          context.arc(x, y, radius, 0, 7);
-          context.fill();
-        }
-      }
-      context.fillStyle = t === current ? ink : soft;
-      context.textAlign = "left";
-      context.fillText(order.frames === numFrames() ? `${t}` : `${t} (frame ${videoFrame(t)})`, left, top + shape.tall + 12);
-      if (t === current) context.fillRect(left + 18, top + shape.tall + 6.5, shape.tile - 18, 2);
+      outlineBlock(context, t, query);
+    }
+    const { left, top } = tileAt(state.patch.t);
+    const x = left + ((state.patch.x + 0.5) * shape.tile) / order.width, y = top + ((state.patch.y + 0.5) * shape.tall) / order.height;
+    for (const [colour, radius] of [[css("--page"), 5.5], [css("--accent"), 4]]) {
+      context.fillStyle = colour;
+      context.beginPath();
+      context.arc(x, y, radius, 0, 7);
+      context.fill();
     }
     canvas.setAttribute("aria-label", `${order.frames} frames of ${order.width} by ${order.height} patches; patch column ${state.patch.x}, row ${state.patch.y} of frame ${state.patch.t} is chosen`);
-    canvas.dataset.frame = current;
+    markFrame();
+  }
+
+  const tileAt = (t) => {
+    const { columns, tile, tall, label, gap } = view.strip;
+    return { left: (t % columns) * (tile + gap), top: Math.floor(t / columns) * (tall + label + gap) };
+  };
+
+  /** What lies over the patches: RGBA of every token of the video, clear where the video itself shows. */
+  function groundOf(query) {
+    const { order, colours } = view;
+    const ground = new Uint8ClampedArray(order.places32.length * 4);
+    if (state.mode === "video") return ground;
+    const read = state.mode === "read" ? readColours(query) : null;
+    for (let token = 0; token < order.places32.length; token++) {
+      const level = levelAt(query, keyBlockOf(token));
+      if (read && level === 1) continue;
+      const colour = read && level ? read.subarray(token * 3, token * 3 + 3) : colours[level];
+      for (let channel = 0; channel < 3; channel++) ground[token * 4 + channel] = colour[channel];
+      ground[token * 4 + 3] = read ? 255 : 255 * state.tint;
+    }
+    return ground;
+  }
+
+  /** The border, in one frame, of the patches that share the chosen row of the map. */
+  function outlineBlock(context, t, query) {
+    const { order, strip } = view;
+    const { left, top } = tileAt(t);
+    const wide = strip.tile / order.width, tall = strip.tall / order.height;
+    const inside = (y, x) => y >= 0 && x >= 0 && y < order.height && x < order.width && queryBlock(tokenOf({ t, y, x })) === query;
+    context.beginPath();
+    for (let y = 0; y < order.height; y++) for (let x = 0; x < order.width; x++) {
+      if (!inside(y, x)) continue;
+      const x0 = left + x * wide, y0 = top + y * tall, x1 = x0 + wide, y1 = y0 + tall;
+      if (!inside(y - 1, x)) { context.moveTo(x0, y0); context.lineTo(x1, y0); }
+      if (!inside(y + 1, x)) { context.moveTo(x0, y1); context.lineTo(x1, y1); }
+      if (!inside(y, x - 1)) { context.moveTo(x0, y0); context.lineTo(x0, y1); }
+      if (!inside(y, x + 1)) { context.moveTo(x1, y0); context.lineTo(x1, y1); }
+    }
+    for (const [colour, line] of [[css("--page"), 4], [css("--ink"), 2]]) {
+      context.strokeStyle = colour;
+      context.lineWidth = line;
+      context.stroke();
+    }
+  }
+
+  /** The numbers below the frames, and a bar at the one that plays. */
+  function markFrame() {
+    const { order, strip, base } = view;
+    const canvas = $("strip"), context = canvas.getContext("2d");
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(base, 0, 0, canvas.clientWidth, canvas.clientHeight);
+    context.font = "12px system-ui, sans-serif";
+    let current = 0;
+    for (let t = 0; t < order.frames; t++) if (videoFrame(t) <= state.frame) current = t;
+    for (let t = 0; t < order.frames; t++) {
+      const { left, top } = tileAt(t);
+      const text = order.frames === numFrames() ? `${t}` : `${t} (frame ${videoFrame(t)})`;
+      context.fillStyle = css(t === current ? "--ink" : "--soft");
+      context.fillText(text, left, top + strip.tall + 13);
+      if (t === current) context.fillRect(left + context.measureText(text).width + 5, top + strip.tall + 8, strip.tile - context.measureText(text).width - 5, 2);
+    }
   }
 
   function drawLegend() {
@@ -835,7 +862,7 @@
     $("scrubber").setAttribute("aria-valuetext", `frame ${state.frame} of ${numFrames()}`);
     const long = make("span", { class: "long" }, "frame ");
     $("frame-number").replaceChildren(long, `${state.frame} / ${numFrames() - 1}`);
-    if (view && Number($("strip").dataset.frame) !== state.frame) drawStrip();
+    if (view?.base) markFrame();
   }
 
   function goTo(frame) {
@@ -843,36 +870,36 @@
     drawFrame();
   }
 
-  /** Stops and steps: who looks at single frames does not want them to run away. */
-  function stepBy(count) {
+  /** Stops and goes there: who looks at single frames does not want them to run away. */
+  function stopAt(frame) {
     play(false);
-    goTo((state.frame + count + numFrames()) % numFrames());
+    goTo(frame);
   }
 
+  const stepBy = (count) => stopAt((state.frame + count + numFrames()) % numFrames());
+
+  let turn = 0;
   function play(on) {
     state.playing = on;
     $("play").setAttribute("aria-pressed", String(on));
     $("play").setAttribute("aria-label", on ? "Pause" : "Play");
-    if (on) requestAnimationFrame((now) => tick(now, now, state.frame));
-  }
-
-  function tick(now, began, first) {
-    if (!state.playing) return;
-    const due = (first + Math.floor(((now - began) / 1000) * data.fps * state.speed)) % numFrames();
-    if (due !== state.frame) {
-      // Moved by hand in the meantime: go on from there.
-      if (state.frame !== tick.shown && tick.shown !== undefined) { began = now; first = state.frame; } else goTo(due);
-    }
-    tick.shown = state.frame;
-    const speed = state.speed;
-    requestAnimationFrame((later) => (speed === state.speed ? tick(later, began, first) : tick(later, later, state.frame)));
+    const mine = ++turn;
+    let began = null, first = 0, speed = 0;
+    const tick = (now) => {
+      if (mine !== turn) return;
+      if (speed !== state.speed) { began = now; first = state.frame; speed = state.speed; }
+      const due = (first + Math.floor(((now - began) / 1000) * data.fps * speed)) % numFrames();
+      if (due !== state.frame) goTo(due);
+      requestAnimationFrame(tick);
+    };
+    if (on) requestAnimationFrame(tick);
   }
 
   function setUpPlayback() {
     $("play").addEventListener("click", () => play(!state.playing));
     $("back").addEventListener("click", () => stepBy(-1));
     $("forward").addEventListener("click", () => stepBy(1));
-    $("scrubber").addEventListener("input", (event) => { play(false); goTo(Number(event.target.value)); });
+    $("scrubber").addEventListener("input", (event) => stopAt(Number(event.target.value)));
     $("speed").addEventListener("change", (event) => { state.speed = Number(event.target.value); });
     document.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -880,7 +907,7 @@
       // Arrows and the ends belong to the sliders and lists that have the focus, space to buttons and lists.
       if (event.key === " " && !(kind && kind.matches("button, select, input[type=radio]"))) { event.preventDefault(); play(!state.playing); return; }
       if (kind && kind.matches("select, input")) return;
-      const keys = { ArrowLeft: () => stepBy(-1), ArrowRight: () => stepBy(1), Home: () => { play(false); goTo(0); }, End: () => { play(false); goTo(numFrames() - 1); } };
+      const keys = { ArrowLeft: () => stepBy(-1), ArrowRight: () => stepBy(1), Home: () => stopAt(0), End: () => stopAt(numFrames() - 1) };
       if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
     });
   }
