@@ -17,7 +17,7 @@ EXPECTED = {
         "psa_integrations/tiny_wan/weights/scheduler/scheduler_config.json",
         "psa_integrations/report/page/report.html",
         "psa_integrations/report/page/report.css",
-        "psa_integrations/report/page/report.js",
+        "psa_integrations/report/page/scripts/page.js",
     ),
 }
 

@@ -371,6 +371,29 @@ def test_choices_show_the_level_map_of_that_place(
                 assert shown_levels(browser, len(expected), colours) == expected
 
 
+def assert_reads_means(browser: Browser, row: torch.Tensor, tile: float, columns: int) -> None:
+    """What is left of the video: a patch of level h shows the mean over the patches of its 2^(h-1) tokens."""
+    browser.js("document.querySelector('input[value=read]').click()")
+    strip = browser.pixels("#strip")
+    pixels = bytes_of(VIDEOS[0][1]).reshape(FRAMES, GRID.height, 4, GRID.width, 4, 3).mean(axis=(2, 4)).reshape(-1, 3)
+    patch = tile / GRID.width
+    checked = 0
+    for block, level in enumerate(row.tolist()):
+        pool = 2 ** (level - 1) if level else 1
+        for first in range(block * BLOCK, min((block + 1) * BLOCK, GRID.seq_len), pool):
+            places = range(max(first, GRID.text), min(first + pool, GRID.seq_len))
+            tokens = [int(ORDER.order[place - GRID.text]) for place in places]
+            for token in tokens if level != 1 else []:
+                t, y, x = np.unravel_index(token, GRID.shape)
+                top, left = (t // columns) * (patch * GRID.height + 17 + 6), (t % columns) * (tile + 6)
+                at = strip[round(top + (y + 0.3) * patch), round(left + (x + 0.3) * patch)]
+                expected = pixels[tokens].mean(axis=0) if level else np.array(colour(0))
+                # The chosen patch has a dot on it; other colours are rounded to bytes.
+                checked += bool((np.abs(at - expected) <= 1).all())
+    there = sum(BLOCK for level in row[2:].tolist() if level != 1) - (-GRID.seq_len % BLOCK) * int(row[-1] != 1)
+    assert checked >= there - 1
+
+
 def test_the_row_of_a_patch_is_shown_where_its_keys_are(browser: Browser, page: Path) -> None:
     browser.open(page)
     for selector, value in (("#choose-step", 3), ("#tint", 100), ("#choose-run", 1), ("#choose-layer", 1)):
@@ -383,12 +406,12 @@ def test_the_row_of_a_patch_is_shown_where_its_keys_are(browser: Browser, page: 
     row = levels[-1]
     strip = browser.pixels("#strip")
     width = browser.js("document.querySelector('#strip').clientWidth")
-    columns = min(FRAMES, (width + 6) // (104 + 6))
+    columns = int(browser.js("document.querySelector('#strip').dataset.columns"))
     tile = (width - 6 * (columns - 1)) / columns
     patch = tile / GRID.width
     right = total = 0
     for t in range(FRAMES):
-        left, top = (t % columns) * (tile + 6), (t // columns) * (patch * GRID.height + 15 + 6)
+        left, top = (t % columns) * (tile + 6), (t // columns) * (patch * GRID.height + 17 + 6)
         for y in range(GRID.height):
             for x in range(GRID.width):
                 # Where the token stands in the sequence: behind the text, in the order of the curve.
@@ -401,6 +424,7 @@ def test_the_row_of_a_patch_is_shown_where_its_keys_are(browser: Browser, page: 
                 right += at.tolist() == expected
     # All but the chosen patch, which has a dot on it.
     assert right >= total - 1
+    assert_reads_means(browser, row, tile, columns)
     readout = browser.js("document.querySelector('#levels-readout').textContent")
     assert f"query block {len(levels) - 1} of {len(levels)}" in readout
     read = int((row > 0).sum())

@@ -1,4 +1,4 @@
-"""The page: its template, style and script in one file with the data, escaped."""
+"""The page: its template, style and scripts in one file with the data, escaped."""
 
 import base64
 import hashlib
@@ -11,19 +11,24 @@ from string import Template
 # In a script element the HTML parser looks for `</script` and `<!--`; the last two end a line in old JavaScript.
 _ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
+_SCRIPTS = ("base", "videos", "charts", "density", "levels", "strip", "page")
+
 
 def render_page(data: Mapping[str, object], *, title: str) -> str:
     """One HTML document that needs no other file and no network.
 
     Args:
-        data: what `report.js` shows, plain values for JSON.
+        data: what its scripts show, plain values for JSON.
         title: of the document, any text.
 
     Raises:
         ValueError: if `data` holds NaN or infinity, which JSON has no word for.
     """
     folder = files(__package__) / "page"
-    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style = (folder / "report.css").read_text(encoding="utf-8")
+    parts = [(folder / "scripts" / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
+    # One block, so that names are theirs alone and the order of functions does not matter.
+    script = "\n".join(['"use strict";', "{", *parts, "}"])
     # Substitution looks at the template alone, so no text of the user's is ever taken for a place to fill.
     return Template((folder / "report.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
