@@ -15,9 +15,9 @@ EXPECTED = {
         "psa_integrations/tiny_wan/weights/transformer/diffusion_pytorch_model.safetensors",
         "psa_integrations/tiny_wan/weights/text_encoder/diffusion_pytorch_model.safetensors",
         "psa_integrations/tiny_wan/weights/scheduler/scheduler_config.json",
-        "psa_integrations/report/page/report.html",
-        "psa_integrations/report/page/report.css",
-        "psa_integrations/report/page/scripts/page.js",
+        "psa_integrations/report/template/report.html",
+        "psa_integrations/report/template/report.css",
+        "psa_integrations/report/template/scripts/page.js",
     ),
 }
 

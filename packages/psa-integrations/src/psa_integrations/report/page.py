@@ -24,7 +24,7 @@ def render_page(data: Mapping[str, object], *, title: str) -> str:
     Raises:
         ValueError: if `data` holds NaN or infinity, which JSON has no word for.
     """
-    folder = files(__package__) / "page"
+    folder = files(__package__) / "template"
     style = (folder / "report.css").read_text(encoding="utf-8")
     parts = [(folder / "scripts" / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
     # One block, so that names are theirs alone and the order of functions does not matter.
