@@ -34,7 +34,7 @@ function lineChart(host, series, options) {
   for (const [first, last] of options.bands || []) {
     const from = x(Math.max(0, first - 0.5)), to = x(Math.min(count - 1, last + 0.5));
     svg.append(makeSvg("rect", { class: "band", x: from, y: top, width: to - from, height: height - top - bottom }));
-    svg.append(makeSvg("text", { x: (from + to) / 2, y: height - bottom - 6, "text-anchor": "middle" }, options.band));
+    svg.append(makeSvg("text", { x: from + 5, y: height - bottom - 6 }, options.band));
   }
   const { found, step } = ticks(low, high, 4);
   const digits = clamp(Math.ceil(-Math.log10(step) + 0.001 + (step.toPrecision(2).endsWith("5") && step < 1 ? 0.4 : 0)), 0, 5);

@@ -56,7 +56,7 @@ function buildVideos() {
         drawFrame();
       });
       under.append(make("label", { class: "field" }, "Amplify", slider, value));
-      under.append(make("p", { class: "quiet" }, "The pictures with numbers are the difference from dense, channel by channel, of 255: black is equal."));
+      under.append(make("p", { class: "quiet" }, "With each preset: its difference from dense, channel by channel. Black is equal, the numbers are of 255."));
     }
     tipOn(video, () => `${run.name}, frame ${state.frame}` + (index ? `\nPSNR ${decibel(run.psnr_per_frame[state.frame])}, SSIM ${fixed(run.ssim_per_frame[state.frame], 4)}` : ""));
     figures.push(figure);
