@@ -17,9 +17,10 @@ function cells(canvas, { cellAt, tip, pick, move }) {
   });
 }
 
-function mix(share) {
+/** The colours of densities in the page's present scheme: a function of a share from 0 to 1. */
+function shades() {
   const low = rgb(css("--low")), high = rgb(css("--high"));
-  return `rgb(${low.map((value, at) => Math.round(value + share * (high[at] - value))).join(" ")})`;
+  return (share) => `rgb(${low.map((value, at) => Math.round(value + share * (high[at] - value))).join(" ")})`;
 }
 
 let densityMaps = [];
@@ -84,6 +85,7 @@ function buildDensity() {
 }
 
 function drawDensity() {
+  const mix = shades(), low = mix(0), high = mix(1);
   for (const map of densityMaps) {
     const width = map.canvas.parentElement.clientWidth, left = 24;
     const cell = (width - left) / map.steps.length;
@@ -110,7 +112,7 @@ function drawDensity() {
       context.fillRect(left + column * cell, row * tall, cell - gap, tall - gap);
       if (map.kept.has(`${layer} ${step}`)) {
         const dot = clamp(Math.min(cell, tall) / 5, 1.5, 3);
-        context.fillStyle = entry.density > 0.5 ? css("--low") : css("--high");
+        context.fillStyle = entry.density > 0.5 ? low : high;
         context.beginPath();
         context.arc(left + (column + 0.5) * cell - gap / 2, (row + 0.5) * tall - gap / 2, dot, 0, 7);
         context.fill();

@@ -49,7 +49,7 @@ function setUpPlayback() {
   $("speed").addEventListener("change", (event) => { state.speed = Number(event.target.value); });
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const kind = event.target.closest?.("button, select, input, summary") ;
+    const kind = event.target.closest?.("button, select, input");
     // Arrows and the ends belong to the sliders and lists that have the focus, space to buttons and lists.
     if (event.key === " " && !(kind && kind.matches("button, select, input[type=radio]"))) { event.preventDefault(); play(!state.playing); return; }
     if (kind && kind.matches("select, input")) return;
@@ -57,7 +57,6 @@ function setUpPlayback() {
     if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
   });
 }
-
 
 async function drawAll() {
   drawFrameCharts();
