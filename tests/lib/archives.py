@@ -15,6 +15,9 @@ EXPECTED = {
         "psa_integrations/tiny_wan/weights/transformer/diffusion_pytorch_model.safetensors",
         "psa_integrations/tiny_wan/weights/text_encoder/diffusion_pytorch_model.safetensors",
         "psa_integrations/tiny_wan/weights/scheduler/scheduler_config.json",
+        "psa_integrations/report/template/report.html",
+        "psa_integrations/report/template/report.css",
+        "psa_integrations/report/template/scripts/page.js",
     ),
 }
 

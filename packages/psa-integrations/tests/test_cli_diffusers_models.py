@@ -1,5 +1,8 @@
 """`psa generate` on diffusers' own pipelines, saved to a folder at toy size."""
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from psa_integrations.cli import main
+from psa_integrations.cli.models import MODELS
 
 TEXT_SIZE: dict[str, Any] = {
     "vocab_size": 64,
@@ -135,6 +139,46 @@ def test_the_four_step_recipe_of_cogvideox(
     assert (called["width"], called["height"], called["num_frames"]) == (720, 480, 49)
     assert iio.imread(out).shape == (9, 32, 32, 3)
     assert 0 < density_printed(capsys) <= 1
+
+
+PRESETS = """
+{model}:
+  default_attention: mine
+  video_scale: {{width_divisor: 16, height_divisor: 16, depth_divisor: 4}}
+  text_length: {text}
+  attention_configs:
+    mine:
+      type: psa
+      use_rearrange: true
+      block_size: {{m: 64, n: 64}}
+      mask_ratios: {{1: [0.0, 0.5], 2: [0.5, 1.0]}}
+      mask_mode: topk
+      warmup_steps: 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "save", "text"), [("wan2.1-1.3b", save_wan, 0), ("cogvideox-5b", save_cogvideox, 226)]
+)
+def test_compare_keeps_the_maps_of_their_grids(
+    tmp_path: Path, model: str, save: Callable[[Path], None], text: int
+) -> None:
+    save(tmp_path / "weights")
+    out = tmp_path / "out"
+    presets = tmp_path / "presets.yaml"
+    presets.write_text(PRESETS.format(model=MODELS[model].presets, text=text))
+    arguments = ["compare", "--model", model, "--weights", str(tmp_path / "weights"), "--presets", str(presets)]
+    size = ["--width", "64", "--height", "32", "--frames", "9", "--steps", "3", "--quiet"]
+    assert main([*arguments, "--prompt", "a cat", *size, "--out", str(out)]) == 0
+    found = re.search(r'id="data">(.*?)</script>', (out / "report.html").read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    data = json.loads(found[1])
+    (order,) = data["orders"]
+    assert (order["frames"], order["height"], order["width"], order["seq_len"]) == (3, 2, 4, 24 + text)
+    maps = data["shown"][0][1]["maps"]
+    assert [(one["step"], one["layer"], one["heads"]) for one in maps] == [(1, 0, [0, 1]), (2, 0, [0, 1])]
+    assert [len(run["step_seconds"]) for run in data["prompts"][0]["runs"]] == [3, 3]
+    assert [len(run["frames"]) for run in data["shown"][0]] == [9, 9]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from psa_integrations.diffusers import (
     UnsupportedError,
     apply_pyramid_sparse_attention,
 )
+from psa_integrations.recording import LevelMap, LevelRecorder
 from psa_integrations.stats import AttentionStats, LayerStats
 from psa_integrations.steps import StepError
 from psa_integrations.transformers import RegisteredAttention, register_pyramid_attention
@@ -17,6 +18,8 @@ __all__ = [
     "AppliedAttention",
     "AttentionStats",
     "LayerStats",
+    "LevelMap",
+    "LevelRecorder",
     "PyramidAttention",
     "RegisteredAttention",
     "StepError",

@@ -38,6 +38,7 @@ def sparse_attention(
     scale: float | None = None,
     order: Callable[[Tensor, Tensor], AttentionOrder] | None = None,
     impl: str | None = None,
+    on_levels: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the levels that `policy` gives to the block pairs.
 
@@ -50,6 +51,7 @@ def sparse_attention(
         order: gives the order of queries and that of keys and values, from the two; the output is in that of the
             caller. None leaves all as it comes.
         impl: implementation of every operator, see psa_kernels.pyramid_attention.
+        on_levels: called with the levels, int8 [B, H, num_q_blocks, num_kv_blocks].
 
     Where the dtypes differ, as after a norm or a rotary table kept in float32, query and key are cast to the
     dtype of value, which is the one the model computes in.
@@ -69,6 +71,8 @@ def sparse_attention(
         orders = order(query, key)
         query, key, value = orders.apply(query, key, value)
     levels = policy(query, key, scale=scale, impl=impl)
+    if on_levels is not None:
+        on_levels(levels)
     layout = BlockLayout(
         query.shape[2],
         key.shape[2],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from psa_integrations.__about__ import __version__
-from psa_integrations.cli import bench, demo, doctor, generate, presets, tune
+from psa_integrations.cli import bench, compare, demo, doctor, generate, presets, tune
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate.add_parser(commands)
     demo.add_parser(commands)
+    compare.add_parser(commands)
     presets.add_parser(commands)
     doctor.add_parser(commands)
     bench.add_parser(commands)

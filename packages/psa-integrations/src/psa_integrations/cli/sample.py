@@ -1,11 +1,12 @@
-"""One video from one preset: what `psa generate` and `psa demo` share."""
+"""One video from one preset: what the commands that make videos share."""
 
 import argparse
 import logging
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
 from psa_integrations.cli.progress import Progress
 from psa_integrations.diffusers import apply_pyramid_sparse_attention
+from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import AttentionStats
 
 _log = logging.getLogger(__name__)
@@ -24,12 +26,46 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """A video [F, H, W, 3] in [0, 1], the seconds it took, and the density of its self-attention: mean, by step."""
+    """A video [F, H, W, 3] in [0, 1], the seconds it took, and what its self-attention executed."""
 
     video: np.ndarray
     seconds: float
-    density: float
-    density_per_step: list[float] = field(default_factory=list)
+    stats: AttentionStats
+
+    @property
+    def density(self) -> float:
+        """The mean over all calls."""
+        return self.stats.density
+
+    @property
+    def density_per_step(self) -> list[float]:
+        """Of each step, whichever of two transformers made it."""
+        names = {entry.transformer for entry in self.stats.layers}
+        every = [self.stats.density_per_step(name) for name in names]
+        found = {step: value for steps in every for step, value in steps.items() if step is not None}
+        return [found[step] for step in sorted(found)]
+
+
+class StepClock:
+    """Times the denoising steps of a run, from the first call of a transformer on; waits for the device each step."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def start(self, *_: Any) -> None:
+        """A forward pre-hook of the transformers: the first call of a run starts the clock."""
+        if not self._times:
+            self._times.append(time.perf_counter())
+
+    def step_ended(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Of each step so far."""
+        return tuple(end - begin for begin, end in pairwise(self._times))
 
 
 def positive(text: str) -> int:
@@ -95,7 +131,14 @@ def check_steps(preset: Preset, steps: int) -> None:
 
 
 def sample(
-    pipeline: Any, preset: Preset, options: argparse.Namespace, run: RunDefaults, progress: Progress | None = None
+    pipeline: Any,
+    preset: Preset,
+    options: argparse.Namespace,
+    run: RunDefaults,
+    progress: Progress | None = None,
+    *,
+    recorder: LevelRecorder | None = None,
+    clock: StepClock | None = None,
 ) -> Result:
     """Generates one video with the preset's attention; the pipeline is left as it was.
 
@@ -105,6 +148,8 @@ def sample(
         options: those of `add_sampling_options`, and `prompt`.
         run: what they come to, see `chosen`.
         progress: counts the steps; None is a bar for this run alone.
+        recorder: gets the level maps.
+        clock: times the steps.
 
     Raises:
         ValueError: see `check_steps`; and what the pipeline refuses.
@@ -113,7 +158,20 @@ def sample(
     pipeline.set_progress_bar_config(disable=True)  # ours stands in for it
     with ExitStack() as stack:
         applied = stack.enter_context(apply_pyramid_sparse_attention(pipeline, preset))
+        applied.record_levels(recorder)
         bar = progress or stack.enter_context(Progress(run.steps, quiet=options.quiet))
+        counted = bar.run(preset.name, applied)
+        if clock is not None:
+            for name in ("transformer", "transformer_2"):
+                if getattr(pipeline, name, None) is not None:
+                    hook = getattr(pipeline, name).register_forward_pre_hook(clock.start)
+                    stack.callback(hook.remove)
+
+        def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if clock is not None:
+                clock.step_ended()
+            return counted(pipeline, step, timestep, tensors)
+
         began = time.perf_counter()
         frames = pipeline(
             prompt=options.prompt,
@@ -125,21 +183,14 @@ def sample(
             guidance_scale=run.guidance,
             generator=torch.Generator().manual_seed(options.seed),
             output_type="np",
-            callback_on_step_end=bar.run(preset.name, applied),
+            callback_on_step_end=after_step,
         ).frames[0]
         seconds = time.perf_counter() - began
         stats = applied.stats()
     _log.info("%s/%s: %.1f s, density %.3f", preset.model, preset.name, seconds, stats.density)
-    return Result(np.asarray(frames), seconds, stats.density, _per_step(stats))
+    return Result(np.asarray(frames), seconds, stats)
 
 
 def settings_report(options: argparse.Namespace, run: RunDefaults) -> dict[str, object]:
     """What was asked for, for JSON."""
     return {"prompt": options.prompt, "negative_prompt": options.negative_prompt, "seed": options.seed, **asdict(run)}
-
-
-def _per_step(stats: AttentionStats) -> list[float]:
-    """Density of each step, whichever of two transformers made it."""
-    names = {entry.transformer for entry in stats.layers}
-    found = {step: value for name in names for step, value in stats.density_per_step(name).items() if step is not None}
-    return [found[step] for step in sorted(found)]

@@ -13,6 +13,7 @@ from psa_integrations.attention import check_impl
 from psa_integrations.build import find_preset
 from psa_integrations.diffusers.adapter import Adapter
 from psa_integrations.diffusers.site import OnUnsupported, TransformerSite, UnsupportedError
+from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import AttentionStats, StatsRecorder
 from psa_integrations.steps import StepFinder
 
@@ -42,6 +43,11 @@ class AppliedAttention:
     def reset_stats(self) -> None:
         """Starts the statistics anew, for example between two runs."""
         self._stats.reset()
+
+    def record_levels(self, recorder: LevelRecorder | None) -> None:
+        """Gives `recorder` the level maps of the sparse calls from now on; None ends it."""
+        for site in self._sites:
+            site.level_recorder = recorder
 
     def at_step(self, index: int, total: int | None = None) -> AbstractContextManager[None]:
         """Names the denoising step of the calls made inside, for loops that are not a diffusers pipeline.

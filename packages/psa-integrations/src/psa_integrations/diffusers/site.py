@@ -17,6 +17,7 @@ from psa_integrations.build import cluster_orders, mask_policy, sparse_attention
 from psa_integrations.clusters import ClusterOrders
 from psa_integrations.diffusers.adapter import Adapter, Processor
 from psa_integrations.diffusers.parallel import parallel_problem, ulysses_of
+from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import StatsRecorder
 from psa_integrations.steps import Step, StepFinder, is_dense_step
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
@@ -68,6 +69,7 @@ class TransformerSite:
         self.name = name
         self.transformer = transformer
         self.preset = preset
+        self.level_recorder: LevelRecorder | None = None
         self._adapter = adapter
         self._sparse = sparse_attention_of(preset)
         self._finder = finder
@@ -172,11 +174,14 @@ class TransformerSite:
                 f"the self-attention of layer {layer} must get the {forward.grid.seq_len} tokens of "
                 f"{forward.grid}, which is what the input of the transformer has, got {query.shape[2]}"
             )
-        order = None
+        place = (self.name, self._step, layer)
+        order, take = None, None
         if forward.clusters is not None:
             order = partial(forward.clusters, step=self._step, layer=layer, impl=self._impl)
-        out, density = sparse_attention(query, key, value, forward.policy, order=order, impl=self._impl)
-        self._stats.sparse((self.name, self._step, layer), density)
+        elif self.level_recorder is not None:  # in orders of each head's own, a map would say nothing of the video
+            take = self.level_recorder.taker(place, grid=forward.grid, order=forward.order, policy=forward.policy)
+        out, density = sparse_attention(query, key, value, forward.policy, order=order, impl=self._impl, on_levels=take)
+        self._stats.sparse(place, density)
         return out
 
     def _begin(

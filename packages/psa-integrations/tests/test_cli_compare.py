@@ -1,0 +1,145 @@
+"""`psa compare` on an untrained tiny model: what it writes, what it refuses, what it leaves behind."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import pytest
+
+from psa_integrations.cli import build_parser, compare, main
+from psa_integrations.tiny_wan import build_random_pipeline
+
+SIZE = ["--frames", "4", "--width", "32", "--height", "16", "--steps", "7", "--quiet"]
+PROMPT = ["--prompt", "a red circle moving right"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("weights")
+    build_random_pipeline(num_attention_heads=2, num_layers=2, ffn_dim=32).save_pretrained(folder)
+    return str(folder)
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("psa: "))
+    return line
+
+
+def test_prompts_and_presets_give_videos_numbers_and_a_page(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "out"
+    file.write_text("\ufeff\na blue ring\n\n", encoding="utf-8")
+    out.mkdir()
+    presets = ["--preset", "psa_balanced", "--preset", "psa_tail"]
+    more = ["--prompt-file", str(file), "--weights", weights, "--out", str(out), "--seed", "3", "--map-heads", "1"]
+    assert main(["compare", *PROMPT, *presets, *more, *SIZE]) == 0
+
+    names = [f"{n}-{i}-{name}.mp4" for n in (1, 2) for i, name in enumerate(("dense", "psa_balanced", "psa_tail"))]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "metrics.json", "report.html"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"]
+    assert iio.imread(out / names[-1]).shape == (4, 16, 32, 3)
+    metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["model"], metrics["seed"], metrics["steps"]) == ("tiny-wan", 3, 7)
+    # Steps 0 to 4 are dense in both presets.
+    assert metrics["maps"] == {"layers": [0, 1], "steps": [5, 6], "heads": [1]}
+    assert [entry["prompt"] for entry in metrics["prompts"]] == ["a red circle moving right", "a blue ring"]
+    runs = [run for entry in metrics["prompts"] for run in entry["runs"]]
+    assert [run["video"] for run in runs] == names
+    for run in runs:
+        assert len(run["step_seconds"]) == 7
+        assert 0 < sum(run["step_seconds"]) <= run["seconds"]
+        assert len(run["psnr_per_frame"]) == len(run["ssim_per_frame"]) == 4
+        assert {(entry["step"], entry["layer"]) for entry in run["layers"]} == {
+            (s, n) for s in range(7) for n in (0, 1)
+        }
+        dense = [entry["step"] for entry in run["layers"] if entry["layer"] == 0 and entry["density"] == 1]
+        assert dense == list(range(7 if run["dense"] else 5))
+
+    page = (out / "report.html").read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    shown = json.loads(found[1])["shown"]
+    maps = [[(one["step"], one["layer"], one["heads"]) for one in run["maps"]] for prompt in shown for run in prompt]
+    kept = [(step, layer, [1]) for step in (5, 6) for layer in (0, 1)]
+    assert maps == [[], kept, kept] * 2
+    printed = capsys.readouterr().out
+    assert printed.count("psa_tail: ") == 2
+    assert f"{out}/report.html" in printed
+
+
+def test_the_default_preset_is_the_models(weights: str, tmp_path: Path) -> None:
+    assert main(["compare", *PROMPT, "--weights", weights, "--out", str(tmp_path / "a"), *SIZE]) == 0
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text(encoding="utf-8"))
+    assert [run["name"] for run in metrics["prompts"][0]["runs"]] == ["dense", "psa_balanced"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--prompt or --prompt-file must be given, got neither"),
+        (["--prompt-file", "empty.txt"], "--prompt-file must hold a prompt a line, and empty.txt holds none"),
+        (["--prompt-file", "bytes.txt"], "--prompt-file must be UTF-8 text, and bytes.txt is not"),
+        ([*PROMPT, "--preset", "baseline"], "--preset must be a sparse one, as dense attention always runs; got base"),
+        ([*PROMPT, "--preset", "psa_tail", "--preset", "psa_tail"], "once for each preset, got psa_tail, psa_tail"),
+        ([*PROMPT, "--preset", "psa_tial"], 'no preset "psa_tial"'),
+        ([*PROMPT, "--width", "8"], "--width and --height must be at least 12 to compare by SSIM, got 8 and 16"),
+        ([*PROMPT, "--steps", "5"], "warmup_steps 5 and cooldown_steps 0, got 5"),
+        ([*PROMPT, "--out", "full"], "--out must be a new or an empty folder, and full is neither"),
+        ([*PROMPT, "--out", "empty.txt"], "--out must be a new or an empty folder, and empty.txt is neither"),
+        ([*PROMPT, "--out", "nowhere/out"], "--out must lie in a folder that exists, got nowhere/out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_can_be_known_is_refused_before_the_model_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    Path("bytes.txt").write_bytes(b"\xff\xfe\xfd")
+    Path("full").mkdir()
+    Path("full/file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(compare, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert main(["compare", "--out", "out", *SIZE, *arguments]) == 1
+    assert message in error_line(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--map-layers", "0,2"], "--map-layers must be below 2, the number of layers, got 2"),
+        (["--map-heads", "5"], "--map-heads must be below 2, the number of heads, got 5"),
+        (["--map-steps", "7"], "--map-steps must be below 7, the number of steps, got 7"),
+        (["--prompt", "a red elephant"], "'elephant'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_failed_run_leaves_nothing(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    command = ["compare", *PROMPT, "--weights", weights, "--out", str(tmp_path / "out"), *SIZE]
+    assert main([*command, *arguments]) == 1
+    assert message in error_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "1,", "-1", "a", "1.5"])
+def test_what_is_no_list_of_numbers_is_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        build_parser().parse_args(["compare", f"--map-layers={text}"])
+    assert exit_.value.code == 2
+    assert f"must be numbers from 0 with commas between them, got {text!r}" in capsys.readouterr().err
+
+
+def test_places_are_spread_from_the_first_to_the_last() -> None:
+    assert compare._spread(range(40), 3) == (0, 20, 39)
+    assert compare._spread((5, 6, 9), 2) == (5, 9)
+    assert compare._spread((4,), 3) == (4,)
