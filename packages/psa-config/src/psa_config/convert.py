@@ -98,7 +98,8 @@ def _preset_notes(path: Path, values: dict[str, Any], attention: PyramidSparseAt
             f"At this size the reference project's kernel read rows of other blocks at level {' and '.join(levels)}; "
             "here every level reads its own block, so results differ.",
         )
-    yield Note((*path, "mask_ratios"), " ".join(_about_ratios(values["mask_ratios"], attention)))
+    if "mask_ratios" in values:
+        yield Note((*path, "mask_ratios"), " ".join(_about_ratios(values["mask_ratios"], attention)))
     if attention.warmup_steps:
         yield Note(
             (*path, "warmup_steps"),
@@ -110,6 +111,8 @@ def _preset_notes(path: Path, values: dict[str, Any], attention: PyramidSparseAt
 
 def _misread_levels(attention: PyramidSparseAttention) -> list[str]:
     """The levels in use whose blocks have fewer rows than half a tile."""
+    if attention.mask_ratios is None:
+        return []
     block: BlockSize = attention.block_size
     ends = (0.0, *attention.mask_ratios.bounds)
     used = {name: end > start for name, start, end in zip(_POOLS, ends, ends[1:], strict=False)}

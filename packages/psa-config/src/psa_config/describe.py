@@ -35,6 +35,9 @@ def _sentences(attention: PyramidSparseAttention) -> Iterator[str]:
 
 
 def _levels(attention: PyramidSparseAttention) -> str:
+    if attention.mask_ratios is None:
+        who = "each head" if attention.budget_per == "head" else "each layer"
+        return f"In {who} they spend a density of {attention.density:.4g}, where finer levels save most error."
     parts, start = [], 0.0
     for pool, end in zip(_POOLS, attention.mask_ratios.bounds, strict=True):
         if end > start:
@@ -51,7 +54,12 @@ def _importance(attention: PyramidSparseAttention) -> str:
     kv = attention.samples.kv or attention.block_size.n // 4
     if attention.importance_method == "antidiagonal":
         return f"Importance comes from the antidiagonals of {q} groups of queries and {kv} groups of keys a block."
-    return f"Importance comes from the attention of {q} queries of a block to {kv} keys of each block."
+    what = {
+        "max": "the largest attention",
+        "mean": "the mean attention",
+        "error": "how wrong the block's mean would be for the attention",
+    }[attention.importance_reduction]
+    return f"Importance is {what} of {q} queries of a block to {kv} keys of each block."
 
 
 def _order(attention: PyramidSparseAttention) -> str:
@@ -59,6 +67,10 @@ def _order(attention: PyramidSparseAttention) -> str:
         return "Tokens stay in the model's order."
     if attention.rearrange_method == "Gilbert":
         return "Tokens are put in order along a Hilbert-like curve, so that a block is compact in space and time."
+    if attention.rearrange_method in ("Semantic", "Hybrid"):
+        what = "Queries and keys" if attention.rearrange_method == "Semantic" else "Keys"
+        rest = "" if attention.rearrange_method == "Semantic" else ", queries along a Hilbert-like curve"
+        return f"{what} are put in order by {attention.num_clusters} clusters in each head of each layer{rest}."
     frames, rows, columns = attention.tile_size
     along = "row by row" if attention.cubes_along == "Raster" else "along a Hilbert-like curve"
     return f"Tokens are put in order by cubes of {frames} frames, {rows} rows and {columns} columns, {along}."

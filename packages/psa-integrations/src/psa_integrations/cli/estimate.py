@@ -25,7 +25,9 @@ class DensityEstimate:
 
 
 def estimate_density(attention: PyramidSparseAttention, grid: VideoGrid) -> DensityEstimate:
-    """Runs the preset's rules on made-up importance over the blocks of `grid`."""
+    """Runs the preset's rules on made-up importance over the blocks of `grid`; a budget is what it says."""
+    if attention.density is not None:
+        return DensityEstimate(expected=attention.density, most=attention.density)
     layout = BlockLayout(grid.seq_len, grid.seq_len, block_q=attention.block_size.m, block_kv=attention.block_size.n)
     # Ranks in random order, so that text and a short last block fall on any of them.
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, option: str = "--prompt-file") -> list[str]:
     """The prompts of a UTF-8 text file, one a line; empty lines are none.
 
     Raises:
@@ -16,10 +16,10 @@ def read_prompts(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file must be UTF-8 text, and {path} is not: {error}") from error
+        raise ValueError(f"{option} must be UTF-8 text, and {path} is not: {error}") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise ValueError(f"--prompt-file must hold a prompt a line, and {path} has none")
+        raise ValueError(f"{option} must hold a prompt a line, and {path} has none")
     return prompts
 
 

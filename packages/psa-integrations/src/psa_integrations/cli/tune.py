@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from psa_integrations.attention import sparse_attention
 from psa_integrations.build import mask_policy, sparse_attention_of, token_order
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
+from psa_integrations.cli.output import print_json, set_up_logging
+from psa_integrations.cli.prompts import read_prompts
 from psa_integrations.cli.sample import add_sampling_options, check_steps, chosen, positive, sample
 from psa_integrations.cli.video import SMALLEST_SIDE, psnr_and_ssim
 from psa_masks import VideoGrid
@@ -67,6 +70,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, compares and writes the preset."""
+    set_up_logging(verbose=options.verbose, quiet=options.quiet)
+    say = _nothing if options.json else partial(print, flush=True)
     spec = MODELS[options.model]
     base = load_presets().get(spec.presets, "psa_quality")
     attention = sparse_attention_of(base)
@@ -78,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
             f"--target-density must be above {least:g}, what reading every block as its mean costs, and below 1, "
             f"got {density:g}"
         )
-    prompts = _read_prompts(options.prompts)
+    prompts = read_prompts(options.prompts, "--prompts")
     if options.out.suffix != ".yaml" or not options.out.parent.is_dir() or options.out.is_dir():
         raise ValueError(f"--out must be a .yaml file in a folder that exists, got {options.out}")
     settings = chosen(options, spec.defaults)
@@ -95,20 +100,20 @@ def run(options: argparse.Namespace) -> None:
     )
     references = []
     for prompt in prompts:
-        print(f"dense: {prompt!r}", flush=True)
+        say(f"dense: {prompt!r}")
         references.append(_dense(pipeline, prompt, options, settings, grid.seq_len, attention.warmup_steps))
 
     found: list[tuple[float, float, Preset]] = []
     for candidate in _candidates(base, attention, density):
         error, executed = _attention_error(candidate, grid, references)
-        print(f"{_name(candidate)}: attention error {error:.4f}, density {executed:.4f}", flush=True)
+        say(f"{_name(candidate)}: attention error {error:.4f}, density {executed:.4f}")
         found.append((error, executed, candidate))
     found.sort(key=lambda entry: entry[0])
 
     best: tuple[float, str, Preset] | None = None
     for error, executed, candidate in found[: options.videos]:
         psnr = _mean_psnr(pipeline, candidate, references, options, settings)
-        print(f"{_name(candidate)}: PSNR {psnr:.2f} dB", flush=True)
+        say(f"{_name(candidate)}: PSNR {psnr:.2f} dB")
         if best is None or psnr > best[0]:
             text = (
                 f"Tuned, prompts: {len(prompts)}, {settings.frames} frames of {settings.width}x{settings.height}, "
@@ -117,14 +122,13 @@ def run(options: argparse.Namespace) -> None:
             best = psnr, text, candidate
     assert best is not None, "there are candidates, and at least one video is asked for"
     _write(options.out, best[2], best[1])
-    print(f"{options.out}: {_name(best[2])}. {best[1]}")
+    if options.json:
+        print_json({"out": str(options.out), "policy": _name(best[2]), "description": best[1]})
+    say(f"{options.out}: {_name(best[2])}. {best[1]}")
 
 
-def _read_prompts(path: Path) -> list[str]:
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts must hold a prompt a line, and {path} is empty")
-    return prompts
+def _nothing(text: str) -> None:
+    """In place of a line that a program does not want."""
 
 
 def _candidates(base: Preset, attention: PyramidSparseAttention, density: float) -> Iterator[Preset]:
