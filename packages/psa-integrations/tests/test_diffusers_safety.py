@@ -5,14 +5,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import accelerate
 import pytest
 import torch
-from accelerate.hooks import remove_hook_from_module
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from peft import LoraConfig
 from torch import nn
 
 from psa_config import Preset
@@ -333,44 +330,3 @@ def test_wrong_arguments(build: Build, sparse: Preset, make_preset: MakePreset) 
     with pytest.raises(TypeError, match=r"preset must be a psa_config.Preset or a str, got dict"):
         apply_pyramid_sparse_attention(pipeline, {})
     apply_pyramid_sparse_attention(pipeline, sparse).remove()
-
-
-def test_offload_hooks_reinstalled_between_runs_keep_it(build: Build, run: Run, full: Preset) -> None:
-    pipeline = build("wan21")
-    expected = run(pipeline)
-    accelerate.cpu_offload_with_hook(pipeline.transformer, torch.device("cpu"))
-    with apply_pyramid_sparse_attention(pipeline, full) as handle:
-        for _ in range(2):
-            handle.reset_stats()
-            assert_same_but_for_rounding(run(pipeline), expected)
-            assert handle.stats().calls == 3 * 2 * 2
-            assert handle.stats().dense_steps() == []
-            # What pipelines do at the end of a run with model offload.
-            remove_hook_from_module(pipeline.transformer, recurse=True)
-            accelerate.cpu_offload_with_hook(pipeline.transformer, torch.device("cpu"))
-
-
-def test_group_offload(build: Build, run: Run, full: Preset) -> None:
-    pipeline = build("wan21")
-    expected = run(pipeline)
-    with apply_pyramid_sparse_attention(pipeline, full) as handle:
-        pipeline.transformer.enable_group_offload(
-            onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
-        )
-        assert_same_but_for_rounding(run(pipeline), expected)
-        assert handle.stats().dense_steps() == []
-
-
-@pytest.mark.parametrize("name", ["wan21", "cogvideox_5b"])
-def test_lora_adapters_take_part(name: str, build: Build, run: Run, full: Preset) -> None:
-    pipeline = build(name)
-    without = run(pipeline)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pipeline.transformer.add_adapter(
-            LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-        )
-    expected = run(pipeline)
-    assert not torch.allclose(without, expected)
-    with apply_pyramid_sparse_attention(pipeline, full):
-        assert_same_but_for_rounding(run(pipeline), expected)

@@ -37,7 +37,13 @@ def check_device(impl: str | None, tensor: Tensor) -> None:
 
 
 def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, policy: MaskPolicy, *, impl: str | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    policy: MaskPolicy,
+    *,
+    kv_lengths: Tensor | None = None,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the levels that `policy` gives to the block pairs.
 
@@ -46,6 +52,7 @@ def sparse_attention(
         key: [B, H_kv, kv_len, D].
         value: [B, H_kv, kv_len, D].
         policy: decides the levels.
+        kv_lengths: int32 or int64 [B], how many keys of each sample exist; None is all.
         impl: implementation of every operator, see psa_kernels.pyramid_attention.
 
     Where the dtypes differ, as after a norm or a rotary table kept in float32, query and key are cast to the
@@ -53,10 +60,10 @@ def sparse_attention(
 
     Returns:
         The output [B, H, q_len, D] in the dtype of value, and the density of what was executed, float32
-        [B, H].
+        [B, H]; keys that do not exist count as if they did, in both parts of the fraction.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
-    levels = policy(query, key, impl=impl)
+    levels = policy(query, key, kv_lengths=kv_lengths, impl=impl)
     layout = BlockLayout(
         query.shape[2],
         key.shape[2],
@@ -72,6 +79,7 @@ def sparse_attention(
         plan,
         block_q=policy.block_q,
         block_kv=policy.block_kv,
+        kv_lengths=kv_lengths,
         num_levels=policy.num_levels,
         impl=impl,
     )

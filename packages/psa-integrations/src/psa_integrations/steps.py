@@ -152,8 +152,11 @@ class _Run:
 
     def find(self, timestep: torch.Tensor | float) -> Step | None:
         # Image to video gives the tokens of the given frame timestep 0, so the largest one is the step's.
-        now = float(torch.as_tensor(timestep).max())
-        places = [place for place, t in enumerate(self.schedule[self.first :].tolist()) if t == now]
+        now = torch.as_tensor(timestep).max()
+        schedule = self.schedule[self.first :]
+        # In the rounding of the timestep: a bfloat16 one may be exactly a neighbour of the entry it stands for.
+        schedule = schedule.to(now.dtype) if now.is_floating_point() else schedule
+        places = [place for place, t in enumerate(schedule.tolist()) if t == float(now)]
         if len(places) == 1:
             return Step(places[0], self.total)
         if not hasattr(self.scheduler, "step_index"):

@@ -1,6 +1,5 @@
 """CogVideoX 2B, 5B and 1.5, as diffusers builds them."""
 
-from collections.abc import Callable
 from typing import Any
 
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
@@ -8,7 +7,14 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, cat, nn
 from torch.utils.hooks import RemovableHandle
 
-from psa_integrations.diffusers.adapter import Adapter, Processor, SelfAttention, in_order
+from psa_integrations.diffusers.adapter import (
+    Adapter,
+    CurrentOrder,
+    Processor,
+    SelfAttention,
+    in_order,
+    undo_output,
+)
 from psa_masks import TokenOrder, VideoGrid
 
 
@@ -42,7 +48,7 @@ class CogVideoXAdapter(Adapter):
         if rotary is not None:
             call["image_rotary_emb"] = tuple(in_order(table, order, 0, "image_rotary_emb") for table in rotary)
 
-    def order_hooks(self, transformer: Any, current: Callable[[], TokenOrder | None]) -> list[RemovableHandle]:
+    def order_hooks(self, transformer: Any, current: CurrentOrder) -> list[RemovableHandle]:
         def order_tokens(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             order = current()
             if order is None:
@@ -51,13 +57,9 @@ class CogVideoXAdapter(Adapter):
             video = in_order(output[:, text:], order, 1, "the patch embedding")
             return cat((output[:, :text], video), dim=1)
 
-        def undo_order(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            order = current()
-            return None if order is None else order.undo(output, 1)
-
         return [
             transformer.patch_embed.register_forward_hook(order_tokens),
-            transformer.proj_out.register_forward_hook(undo_order),
+            undo_output(transformer.proj_out, current),
         ]
 
     def processor(self, original: Any, attention: SelfAttention, layer: int) -> Processor:

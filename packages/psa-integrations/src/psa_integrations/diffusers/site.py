@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
@@ -87,7 +87,7 @@ class TransformerSite:
         for attention in attentions:
             # Left behind by unfuse_qkv_projections, which puts back the processors it once found.
             while isinstance(attention.processor, Processor) and not attention.processor.attention.active:
-                attention.set_processor(attention.processor.original)
+                attention.processor = attention.processor.original
         if any(isinstance(attention.processor, Processor) for attention in attentions):
             raise RuntimeError(f"{where} already has pyramid sparse attention: call remove() on its handle first")
         if getattr(self.transformer, "_compiled_call_impl", None) is not None:
@@ -113,7 +113,7 @@ class TransformerSite:
         """Sets the processors and the hooks."""
         for layer, attention in enumerate(self._adapter.attentions(self.transformer)):
             processor = self._adapter.processor(attention.processor, self, layer)
-            attention.set_processor(processor)
+            attention.processor = processor
             self._processors.append((attention, processor))
         self._hooks = [
             self.transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -129,7 +129,7 @@ class TransformerSite:
         for attention, processor in self._processors:
             # Someone else may have set another one since; that one is theirs.
             if attention.processor is processor:
-                attention.set_processor(processor.original)
+                attention.processor = processor.original
         if self.transformer.__dict__.get("cache_context") is self._cache_context is not None:
             del self.transformer.__dict__["cache_context"]
         self._hooks, self._processors, self._cache_context = [], [], None
@@ -152,7 +152,9 @@ class TransformerSite:
             self._stats.dense((self.name, self._step, layer))
         return sparse
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None = None
+    ) -> Tensor:
         forward = self._current
         assert forward is not None
         if query.shape[2] != forward.grid.seq_len:
@@ -160,7 +162,7 @@ class TransformerSite:
                 f"the self-attention of layer {layer} must get the {forward.grid.seq_len} tokens of "
                 f"{forward.grid}, which is what the input of the transformer has, got {query.shape[2]}"
             )
-        out, density = sparse_attention(query, key, value, forward.policy, impl=self._impl)
+        out, density = sparse_attention(query, key, value, forward.policy, kv_lengths=kv_lengths, impl=self._impl)
         self._stats.sparse((self.name, self._step, layer), density)
         return out
 
@@ -184,6 +186,11 @@ class TransformerSite:
         # Before the dense steps: what cannot be served should not cost them first.
         if not self._serves(module, call):
             return None
+        grid = self._adapter.grid(module, call)
+        if grid is None:
+            self._supported("the call does not say how many frames, rows and columns of tokens it has")
+            return None
+        forward = self._forward(grid)
         if is_dense_step(
             step,
             warmup=self._sparse.warmup_steps,
@@ -191,8 +198,7 @@ class TransformerSite:
             scheduler=self._finder.scheduler_name,
         ):
             return None
-        grid = self._adapter.grid(module, call)
-        self._current = self._forward(grid)
+        self._current = forward
         if self._current.order is not None:
             self._adapter.order_call(call, self._current.order)
         return (), call
@@ -206,11 +212,24 @@ class TransformerSite:
     def _forward(self, grid: VideoGrid) -> SparseForward:
         assert self._sparse is not None
         if grid not in self._forwards:
-            video = VideoGrid(frames=grid.frames, height=grid.height, width=grid.width)
-            self._forwards[grid] = SparseForward(
-                grid, mask_policy(self._sparse, grid), token_order(self._sparse, video)
-            )
+            self._forwards[grid] = SparseForward(grid, mask_policy(self._sparse, grid), self._token_order(grid))
         return self._forwards[grid]
+
+    def _token_order(self, grid: VideoGrid) -> TokenOrder | None:
+        """The order of the video tokens of `grid`."""
+        assert self._sparse is not None
+        first = min(self._adapter.frames_apart(self.transformer), grid.frames)
+        parts, start = [], 0
+        for frames in (first, grid.frames - first):
+            if frames == 0:
+                continue
+            part = VideoGrid(frames=frames, height=grid.height, width=grid.width)
+            order = token_order(self._sparse, part)
+            if order is None:
+                return None
+            parts.append(order.order + start)
+            start += len(order)
+        return TokenOrder(cat(parts))
 
     def _serves(self, module: nn.Module, call: dict[str, Any]) -> bool:
         """Whether the call, in the module's present state, can run sparse."""

@@ -1,13 +1,21 @@
 """Wan 2.1 and 2.2, as diffusers builds them."""
 
-from collections.abc import Callable
 from typing import Any
 
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn, stack
 from torch.utils.hooks import RemovableHandle
 
-from psa_integrations.diffusers.adapter import Adapter, Processor, SelfAttention, in_order
+from psa_integrations.diffusers.adapter import (
+    Adapter,
+    CurrentOrder,
+    DispatchedProcessor,
+    Processor,
+    SelfAttention,
+    in_order,
+    order_output,
+    undo_output,
+)
 from psa_masks import TokenOrder, VideoGrid
 
 
@@ -42,50 +50,23 @@ class WanAdapter(Adapter):
         if call["timestep"].ndim == 2:
             call["timestep"] = in_order(call["timestep"], order, 1, "timestep")
 
-    def order_hooks(self, transformer: Any, current: Callable[[], TokenOrder | None]) -> list[RemovableHandle]:
-        def order_rotary(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            order = current()
-            if order is None:
-                return None
-            return tuple(in_order(table, order, 1, "the rotary table") for table in output)
-
+    def order_hooks(self, transformer: Any, current: CurrentOrder) -> list[RemovableHandle]:
         def order_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             order = current()
             return None if order is None else (in_order(args[0], order, 1, "hidden_states"), *args[1:])
 
-        def undo_order(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            order = current()
-            return None if order is None else order.undo(output, 1)
-
         return [
-            transformer.rope.register_forward_hook(order_rotary),
+            order_output(transformer.rope, current, 1, "the rotary table"),
             transformer.blocks[0].register_forward_pre_hook(order_tokens),
-            transformer.proj_out.register_forward_hook(undo_order),
+            undo_output(transformer.proj_out, current),
         ]
 
     def processor(self, original: Any, attention: SelfAttention, layer: int) -> Processor:
         return WanProcessor(original, attention, layer)
 
 
-class WanProcessor(Processor):
+class WanProcessor(DispatchedProcessor):
     """Self-attention of a Wan block."""
-
-    # diffusers sets these two on every processor that has them; the dense calls are the ones to follow them.
-    @property
-    def _attention_backend(self) -> Any:
-        return self.original._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.original._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> Any:
-        return self.original._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.original._parallel_config = config
 
     def __call__(
         self,
