@@ -306,8 +306,8 @@ def test_layerwise_casting(form: str, full: Preset) -> None:
     ),
 )
 def test_first_block_cache(form: str, full: Preset) -> None:
-    pipeline = build(form)
-    plain = run(pipeline, form)
+    plain = run(build(form), form)
+    pipeline = build(form)  # anew: diffusers below 0.41 overlooks a cache enabled after the first run
     for transformer in transformers(pipeline):
         transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     expected = run(pipeline, form)

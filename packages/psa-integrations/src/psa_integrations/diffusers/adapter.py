@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from psa_masks import TokenOrder, VideoGrid
+from psa_masks import VideoGrid
 
 
 class SelfAttention(Protocol):
@@ -17,7 +17,7 @@ class SelfAttention(Protocol):
     def active(self) -> bool:
         """False once the integration has been taken off."""
 
-    def runs_sparse(self, layer: int, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
+    def runs_sparse(self, processor: "Processor", hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether this call is the processor's to compute; otherwise the model's own processor does.
 
         Raises:
@@ -26,7 +26,7 @@ class SelfAttention(Protocol):
         """
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None = None
+        self, processor: "Processor", query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None = None
     ) -> Tensor:
         """Sparse attention over [B, H, L, D] tensors.
 
@@ -36,7 +36,13 @@ class SelfAttention(Protocol):
 
 
 class Processor:
-    """A self-attention processor that computes the sparse calls and leaves all others to `original`."""
+    """A self-attention processor that computes the sparse calls and leaves all others to `original`.
+
+    `ticket` names it in compiled graphs; `dense` is whether its layer is one of the preset's dense ones.
+    """
+
+    ticket: Tensor
+    dense: bool
 
     def __init__(self, original: Any, attention: SelfAttention, layer: int) -> None:
         self.original = original
@@ -65,7 +71,17 @@ class DispatchedProcessor(Processor):
         self.original._parallel_config = config
 
 
-CurrentOrder = Callable[[], TokenOrder | None]
+class Order(Protocol):
+    """A psa_masks.TokenOrder, or what stands for one in a compiled graph."""
+
+    def __len__(self) -> int: ...
+
+    def apply(self, x: Tensor, dim: int) -> Tensor: ...
+
+    def undo(self, x: Tensor, dim: int) -> Tensor: ...
+
+
+CurrentOrder = Callable[[], Order | None]
 """The order of the forward under way, None where tokens stay as they are."""
 
 
@@ -98,7 +114,7 @@ class Adapter(ABC):
         """How many frames at the start must keep their tokens in front of all others."""
         return 0
 
-    def order_call(self, call: dict[str, Any], order: TokenOrder) -> None:
+    def order_call(self, call: dict[str, Any], order: Order) -> None:
         """Puts those arguments of forward in token order, in place, that have an entry per video token."""
         return
 
@@ -111,7 +127,7 @@ class Adapter(ABC):
         """The processor to set on a layer in place of `original`."""
 
 
-def in_order(tokens: Tensor, order: TokenOrder, dim: int, what: str) -> Tensor:
+def in_order(tokens: Tensor, order: Order, dim: int, what: str) -> Tensor:
     """`tokens` in `order` along `dim`.
 
     Raises:

@@ -10,12 +10,13 @@ from torch.utils.hooks import RemovableHandle
 from psa_integrations.diffusers.adapter import (
     Adapter,
     CurrentOrder,
+    Order,
     Processor,
     SelfAttention,
     in_order,
     undo_output,
 )
-from psa_masks import TokenOrder, VideoGrid
+from psa_masks import VideoGrid
 
 
 class CogVideoXAdapter(Adapter):
@@ -43,7 +44,7 @@ class CogVideoXAdapter(Adapter):
             text_first=True,
         )
 
-    def order_call(self, call: dict[str, Any], order: TokenOrder) -> None:
+    def order_call(self, call: dict[str, Any], order: Order) -> None:
         rotary = call.get("image_rotary_emb")
         if rotary is not None:
             call["image_rotary_emb"] = tuple(in_order(table, order, 0, "image_rotary_emb") for table in rotary)
@@ -78,7 +79,7 @@ class CogVideoXProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not self.attention.runs_sparse(self.layer, hidden_states, attention_mask):
+        if not self.attention.runs_sparse(self, hidden_states, attention_mask):
             dense: tuple[Tensor, Tensor] = self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -100,6 +101,6 @@ class CogVideoXProcessor(Processor):
             query, key = (
                 cat((x[:, :, :text], apply_rotary_emb(x[:, :, text:], image_rotary_emb)), dim=2) for x in (query, key)
             )
-        out = self.attention.attend(self.layer, query, key, value)
+        out = self.attention.attend(self, query, key, value)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return out[:, text:], out[:, :text]

@@ -74,7 +74,7 @@ class HunyuanVideoProcessor(DispatchedProcessor):
     ) -> tuple[Tensor, Tensor]:
         # The model's own mask [B, 1, 1, L] says where each sample's padding starts.
         starts = attention_mask is not None and attention_mask.shape[1:3] == (1, 1)
-        if not self.attention.runs_sparse(self.layer, hidden_states, None if starts else attention_mask):
+        if not self.attention.runs_sparse(self, hidden_states, None if starts else attention_mask):
             dense: tuple[Tensor, Tensor] = self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -97,7 +97,7 @@ class HunyuanVideoProcessor(DispatchedProcessor):
             key = cat((key, _normed(added[1], attn.norm_added_k)), dim=1)
             value = cat((value, added[2]), dim=1)
         out = self.attention.attend(
-            self.layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), kv_lengths=kv_lengths
+            self, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), kv_lengths=kv_lengths
         )
         out = out.transpose(1, 2).flatten(2)
         out_video, out_text = out[:, :video], out[:, video:]

@@ -10,13 +10,14 @@ from psa_integrations.diffusers.adapter import (
     Adapter,
     CurrentOrder,
     DispatchedProcessor,
+    Order,
     Processor,
     SelfAttention,
     in_order,
     order_output,
     undo_output,
 )
-from psa_masks import TokenOrder, VideoGrid
+from psa_masks import VideoGrid
 
 
 class LTXAdapter(Adapter):
@@ -46,7 +47,7 @@ class LTXAdapter(Adapter):
             )
         return VideoGrid(frames=frames, height=height, width=width)
 
-    def order_call(self, call: dict[str, Any], order: TokenOrder) -> None:
+    def order_call(self, call: dict[str, Any], order: Order) -> None:
         if call["timestep"].ndim > 1 and call["timestep"].shape[1] != 1:
             call["timestep"] = in_order(call["timestep"], order, 1, "timestep")
 
@@ -73,7 +74,7 @@ class LTXProcessor(DispatchedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if not self.attention.runs_sparse(self.layer, hidden_states, attention_mask):
+        if not self.attention.runs_sparse(self, hidden_states, attention_mask):
             dense: Tensor = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
             return dense
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
@@ -82,6 +83,6 @@ class LTXProcessor(DispatchedProcessor):
         query, key, value = (
             x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, attn.to_v(hidden_states))
         )  # [B, H, L, D]
-        out = self.attention.attend(self.layer, query, key, value)
+        out = self.attention.attend(self, query, key, value)
         projected: Tensor = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return projected

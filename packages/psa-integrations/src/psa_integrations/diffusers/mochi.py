@@ -41,19 +41,17 @@ class MochiAdapter(Adapter):
         )
 
     def order_hooks(self, transformer: Any, current: CurrentOrder) -> list[RemovableHandle]:
-        def order_tokens(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        def order_tokens(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             order = current()
             if order is None:
                 return None
-            tokens = in_order(kwargs["hidden_states"], order, 1, "the patch embedding")
-            return args, kwargs | {"hidden_states": tokens}
+            # [B * T, H * W, C]: it sees each frame alone, and the model joins them next.
+            tokens = output.reshape(-1, len(order), output.shape[2])
+            return in_order(tokens, order, 1, "the patch embedding").view_as(output)
 
-        # The patch embedding itself sees each frame alone.
         return [
             order_output(transformer.rope, current, 0, "the rotary table"),
-            transformer.transformer_blocks[0].register_forward_pre_hook(order_tokens, with_kwargs=True),
+            transformer.patch_embed.register_forward_hook(order_tokens),
             undo_output(transformer.proj_out, current),
         ]
 
@@ -73,7 +71,7 @@ class MochiProcessor(Processor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         # The mask [B, text] is no mask of the attention: the model takes the tokens it names out of the text.
-        if not self.attention.runs_sparse(self.layer, hidden_states, None):
+        if not self.attention.runs_sparse(self, hidden_states, None):
             dense: tuple[Tensor, Tensor] = self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -97,7 +95,7 @@ class MochiProcessor(Processor):
             cat(pair, dim=1).transpose(1, 2) for pair in ((query, added_query), (key, added_key), (value, added_value))
         )
         kv_lengths = video + exists.sum(dim=1)
-        out = self.attention.attend(self.layer, query, key, value, kv_lengths=kv_lengths)
+        out = self.attention.attend(self, query, key, value, kv_lengths=kv_lengths)
         out = out.transpose(1, 2).flatten(2)
         padding = arange(out.shape[1], device=out.device) >= kv_lengths[:, None]
         out = out.masked_fill(padding[:, :, None], 0.0)

@@ -9,14 +9,16 @@ from functools import wraps
 from typing import Any, Literal
 
 from torch import Tensor, cat, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
 from psa_integrations.attention import check_device, sparse_attention
 from psa_integrations.build import mask_policy, sparse_attention_of, token_order
-from psa_integrations.diffusers.adapter import Adapter, Processor
+from psa_integrations.diffusers.adapter import Adapter, Order, Processor
+from psa_integrations.diffusers.compiled import OrderInGraph, attend, count_dense, sizes, tickets
 from psa_integrations.stats import StatsRecorder
-from psa_integrations.steps import StepFinder, is_dense_step
+from psa_integrations.steps import Step, StepFinder, is_dense_step
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
 OnUnsupported = Literal["raise", "dense"]
@@ -31,11 +33,15 @@ class UnsupportedError(RuntimeError):
 
 @dataclass(frozen=True)
 class SparseForward:
-    """How a sparse forward treats its tokens. `order` is over the video tokens alone."""
+    """How a sparse forward treats its tokens. `order` is over the video tokens alone.
+
+    Where the whole transformer is compiled, the policy is looked up by `in_graph`, the grid as operators take it.
+    """
 
     grid: VideoGrid
-    policy: MaskPolicy
-    order: TokenOrder | None
+    policy: MaskPolicy | None
+    order: Order | None
+    in_graph: tuple[int, ...] = ()
 
 
 class TransformerSite:
@@ -71,6 +77,10 @@ class TransformerSite:
         self._on_unsupported = on_unsupported
         self._impl = impl
         self._signature = inspect.signature(type(transformer).forward)
+        self._names = tuple(self._signature.parameters)[1:]
+        self._tickets: list[Tensor] = []
+        # Whether the next forward is dense, None where only the call itself will tell.
+        self._announced: bool | None = None
         self._forwards: dict[VideoGrid, SparseForward] = {}
         self._processors: list[tuple[Any, Processor]] = []
         self._hooks: list[RemovableHandle] = []
@@ -111,8 +121,11 @@ class TransformerSite:
 
     def install(self) -> None:
         """Sets the processors and the hooks."""
-        for layer, attention in enumerate(self._adapter.attentions(self.transformer)):
+        attentions = self._adapter.attentions(self.transformer)
+        self._tickets = tickets(self, len(attentions))
+        for layer, attention in enumerate(attentions):
             processor = self._adapter.processor(attention.processor, self, layer)
+            processor.ticket, processor.dense = self._tickets[layer], layer in self._dense_layers
             attention.processor = processor
             self._processors.append((attention, processor))
         self._hooks = [
@@ -121,6 +134,8 @@ class TransformerSite:
             *self._adapter.order_hooks(self.transformer, self._order),
         ]
         self._watch_cache_context()
+        self._finder.listeners.append(self._announce)
+        self._announce(None)
 
     def remove(self) -> None:
         """Takes the hooks off and puts the original processors back."""
@@ -132,13 +147,16 @@ class TransformerSite:
                 attention.processor = processor.original
         if self.transformer.__dict__.get("cache_context") is self._cache_context is not None:
             del self.transformer.__dict__["cache_context"]
+        if self._announce in self._finder.listeners:
+            self._finder.listeners.remove(self._announce)
         self._hooks, self._processors, self._cache_context = [], [], None
 
     @property
     def active(self) -> bool:
         return bool(self._hooks)
 
-    def runs_sparse(self, layer: int, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
+    def runs_sparse(self, processor: Processor, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
+        # Compiled blocks trace this once for all layers and steps: what differs between them must not be read here.
         if not self.active:
             return False
         if self._sparse is not None:
@@ -146,17 +164,43 @@ class TransformerSite:
             check_device(self._impl, hidden_states)
         if self._current is not None and attention_mask is not None:
             # A dense layer could not follow it either: the mask knows nothing of the token order.
-            raise UnsupportedError(f"layer {layer} of {self.name} was given an attention mask in a sparse step")
-        sparse = self._current is not None and layer not in self._dense_layers
+            raise UnsupportedError(
+                f"layer {processor.layer} of {self.name} was given an attention mask in a sparse step"
+            )
+        sparse = self._current is not None and not processor.dense
         if not sparse:
-            self._stats.dense((self.name, self._step, layer))
+            if is_compiling():
+                count_dense(processor.ticket)
+            else:
+                self.count_dense(processor.layer)
         return sparse
 
+    def count_dense(self, layer: int) -> None:
+        """Notes a dense call of a layer."""
+        self._stats.dense((self.name, self._step, layer))
+
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None = None
+        self, processor: Processor, query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None = None
     ) -> Tensor:
-        forward = self._current
+        if is_compiling():
+            grid = self._current.in_graph if self._current is not None else ()
+            out: Tensor = attend(query, key, value, kv_lengths, processor.ticket, grid)
+            return out
+        return self.attend_in(processor.layer, query, key, value, kv_lengths)
+
+    def attend_in(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_lengths: Tensor | None,
+        grid: VideoGrid | None = None,
+    ) -> Tensor:
+        """Sparse attention of a layer; the grid None is that of the forward under way."""
+        forward = self._current if grid is None else self._forward(grid)
         assert forward is not None
+        assert forward.policy is not None
         if query.shape[2] != forward.grid.seq_len:
             raise ValueError(
                 f"the self-attention of layer {layer} must get the {forward.grid.seq_len} tokens of "
@@ -166,9 +210,20 @@ class TransformerSite:
         self._stats.sparse((self.name, self._step, layer), density)
         return out
 
+    def order_of(self, grid: VideoGrid) -> TokenOrder:
+        """The order of the video tokens of `grid`."""
+        order = self._forward(grid).order
+        assert isinstance(order, TokenOrder)
+        return order
+
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if is_compiling():
+            if self._announced is not None:
+                return self._begin_in_graph(module, args, kwargs)
+            # Nobody outside of the graph knows the step. With fullgraph this is the error.
+            _graph_break("the denoising step: run in a pipeline with cache contexts, or inside handle.at_step")
         self._current = None
         for attention, processor in self._processors:
             if attention.processor is not processor:
@@ -203,7 +258,39 @@ class TransformerSite:
             self._adapter.order_call(call, self._current.order)
         return (), call
 
-    def _order(self) -> TokenOrder | None:
+    def _begin_in_graph(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """`_begin` where the whole transformer is compiled: one graph for dense steps, and one for sparse ones."""
+        self._current = None
+        call = dict(zip(self._names, args, strict=False)) | kwargs
+        if self._announced or not self._serves(module, call):
+            return None
+        grid = self._adapter.grid(module, call)
+        if grid is None:
+            self._supported("the call does not say how many frames, rows and columns of tokens it has")
+            return None
+        assert self._sparse is not None
+        order = OrderInGraph(self._tickets[0], grid) if self._sparse.use_rearrange else None
+        self._current = SparseForward(grid, None, order, tuple(sizes(grid)))
+        if order is not None:
+            self._adapter.order_call(call, order)
+        return (), call
+
+    def _announce(self, step: Step | None) -> None:
+        """Settles before a compiled forward whether it is dense."""
+        self._announced = None
+        if self._sparse is None:
+            self._announced = True
+        elif not self._sparse.warmup_steps and not self._sparse.cooldown_steps:
+            self._announced = False
+        elif step is not None and (step.total is not None or not self._sparse.cooldown_steps):
+            self._announced = is_dense_step(
+                step, warmup=self._sparse.warmup_steps, cooldown=self._sparse.cooldown_steps
+            )
+        self._step = None if step is None else step.index
+
+    def _order(self) -> Order | None:
         return None if self._current is None else self._current.order
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -272,3 +359,10 @@ class TransformerSite:
         self._cache_context = cache_context
         # Through __dict__, as a plain attribute of this instance that shadows the method of its class.
         self.transformer.__dict__["cache_context"] = cache_context
+
+
+def _graph_break(what: str) -> None:
+    # Imported here: it is only there where something is being compiled.
+    import torch._dynamo
+
+    torch._dynamo.graph_break(msg=what)

@@ -10,13 +10,14 @@ from psa_integrations.diffusers.adapter import (
     Adapter,
     CurrentOrder,
     DispatchedProcessor,
+    Order,
     Processor,
     SelfAttention,
     in_order,
     order_output,
     undo_output,
 )
-from psa_masks import TokenOrder, VideoGrid
+from psa_masks import VideoGrid
 
 
 class WanAdapter(Adapter):
@@ -46,18 +47,22 @@ class WanAdapter(Adapter):
         patch_t, patch_h, patch_w = transformer.config.patch_size
         return VideoGrid(frames=frames // patch_t, height=height // patch_h, width=width // patch_w)
 
-    def order_call(self, call: dict[str, Any], order: TokenOrder) -> None:
+    def order_call(self, call: dict[str, Any], order: Order) -> None:
         if call["timestep"].ndim == 2:
             call["timestep"] = in_order(call["timestep"], order, 1, "timestep")
 
     def order_hooks(self, transformer: Any, current: CurrentOrder) -> list[RemovableHandle]:
-        def order_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        def order_tokens(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             order = current()
-            return None if order is None else (in_order(args[0], order, 1, "hidden_states"), *args[1:])
+            if order is None:
+                return None
+            # [B, C, T, H, W], which the model flattens to tokens next. The first block would be the easier place, but
+            # then it alone would have a hook, and be another graph than the rest where blocks are compiled.
+            return in_order(output.flatten(2), order, 2, "the patch embedding").view_as(output)
 
         return [
             order_output(transformer.rope, current, 1, "the rotary table"),
-            transformer.blocks[0].register_forward_pre_hook(order_tokens),
+            transformer.patch_embedding.register_forward_hook(order_tokens),
             undo_output(transformer.proj_out, current),
         ]
 
@@ -76,7 +81,7 @@ class WanProcessor(DispatchedProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if not self.attention.runs_sparse(self.layer, hidden_states, attention_mask):
+        if not self.attention.runs_sparse(self, hidden_states, attention_mask):
             dense: Tensor = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return dense
         if attn.fused_projections:
@@ -87,7 +92,7 @@ class WanProcessor(DispatchedProcessor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))  # [B, L, H, D]
         if rotary_emb is not None:
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
-        out = self.attention.attend(self.layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        out = self.attention.attend(self, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))
         projected: Tensor = attn.to_out[1](out)
         return projected
