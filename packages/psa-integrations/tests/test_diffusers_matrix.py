@@ -340,6 +340,77 @@ def test_mixed_dtypes(form: str, sparse: Preset) -> None:
         assert handle.stats().dense_steps() == []
 
 
+TEXT_ONLY = forms_where(lambda form: form.image, "compiled models are tested with text to video alone")
+MOCHI_BREAKS = forms_where(
+    lambda form: form.model == "Mochi", "diffusers' own attention of this model breaks the graph in dense steps"
+)
+
+
+class Graphs:
+    """A backend of torch.compile that runs graphs as they are, and counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        self.count += 1
+        return graph.forward
+
+
+def graphs_of_untouched(form: str, compile_it: Callable[[Any, Graphs], None]) -> int:
+    """How many graphs the model has without us: layers may differ, in their strides for example."""
+    if form in MOCHI_BREAKS:
+        return len(build(form).transformer.transformer_blocks)
+    graphs, pipeline = Graphs(), build(form)
+    compile_it(pipeline, graphs)
+    run(pipeline, form)
+    torch._dynamo.reset()
+    return graphs.count
+
+
+def assert_compiled_as_eager(form: str, preset: Preset, compile_it: Callable[[Any, Graphs], None]) -> None:
+    """The eager output and statistics from at most twice the model's own graphs, however many steps and runs."""
+    torch._dynamo.reset()
+    most = graphs_of_untouched(form, compile_it)
+    graphs, pipeline = Graphs(), build(form)
+    with apply_pyramid_sparse_attention(pipeline, preset) as handle:
+        expected = {steps: run(pipeline, form, steps=steps) for steps in (3, 5)}
+        statistics = handle.stats()
+        handle.reset_stats()
+        compile_it(pipeline, graphs)
+        assert_same_but_for_rounding(run(pipeline, form, steps=3), expected[3])
+        seen = graphs.count
+        # The hook in front of the transformer is a graph of its own where it reorders an argument.
+        assert 0 < seen <= 2 * most + len(transformers(build(form)))
+        assert_same_but_for_rounding(run(pipeline, form, steps=5), expected[5])
+        assert graphs.count == seen
+        assert handle.stats() == statistics
+    torch._dynamo.reset()
+
+
+@feature("compiled blocks (`fullgraph=True`): the model's graphs, once for dense and once for sparse steps", but=TEXT_ONLY)
+def test_compiled_blocks(form: str, make_preset: MakePreset) -> None:
+    def compile_blocks(pipeline: Any, graphs: Graphs) -> None:
+        # What compile_repeated_blocks does, which not all of these models have.
+        for transformer in transformers(pipeline):
+            for name in ("blocks", "transformer_blocks", "single_transformer_blocks"):
+                for block in getattr(transformer, name, ()):
+                    block.compile(fullgraph=True, backend=graphs)
+
+    assert_compiled_as_eager(form, make_preset(SPARSE, warmup_steps=0 if form in MOCHI_BREAKS else 1), compile_blocks)
+
+
+@feature("the whole transformer compiled (`fullgraph=True`), likewise", but=TEXT_ONLY)
+def test_compiled_transformer(form: str, make_preset: MakePreset) -> None:
+    def compile_transformers(pipeline: Any, graphs: Graphs) -> None:
+        for name in ("transformer", "transformer_2"):
+            if getattr(pipeline, name, None) is not None:
+                setattr(pipeline, name, torch.compile(getattr(pipeline, name), fullgraph=True, backend=graphs))
+
+    preset = make_preset(SPARSE, warmup_steps=0 if form in MOCHI_BREAKS else 1)
+    assert_compiled_as_eager(form, preset, compile_transformers)
+
+
 def test_the_readme_has_the_table_of_these_tests() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert with_table(readme) == readme, "run packages/psa-integrations/tests/lib/write_support_table.py"

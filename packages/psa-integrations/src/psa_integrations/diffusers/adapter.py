@@ -13,9 +13,8 @@ from psa_masks import VideoGrid
 class SelfAttention(Protocol):
     """What a processor asks of the integration. Calls are made once per forward of a layer."""
 
-    @property
-    def active(self) -> bool:
-        """False once the integration has been taken off."""
+    active: bool
+    """False once the integration has been taken off."""
 
     def runs_sparse(self, processor: "Processor", hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether this call is the processor's to compute; otherwise the model's own processor does.

@@ -79,6 +79,7 @@ class TransformerSite:
         self._signature = inspect.signature(type(transformer).forward)
         self._names = tuple(self._signature.parameters)[1:]
         self._tickets: list[Tensor] = []
+        self.active = False
         # Whether the next forward is dense, None where only the call itself will tell.
         self._announced: bool | None = None
         self._forwards: dict[VideoGrid, SparseForward] = {}
@@ -134,6 +135,7 @@ class TransformerSite:
             *self._adapter.order_hooks(self.transformer, self._order),
         ]
         self._watch_cache_context()
+        self.active = True
         self._finder.listeners.append(self._announce)
         self._announce(None)
 
@@ -150,10 +152,7 @@ class TransformerSite:
         if self._announce in self._finder.listeners:
             self._finder.listeners.remove(self._announce)
         self._hooks, self._processors, self._cache_context = [], [], None
-
-    @property
-    def active(self) -> bool:
-        return bool(self._hooks)
+        self.active = False
 
     def runs_sparse(self, processor: Processor, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
         # Compiled blocks trace this once for all layers and steps: what differs between them must not be read here.
