@@ -388,7 +388,9 @@ def assert_compiled_as_eager(form: str, preset: Preset, compile_it: Callable[[An
     torch._dynamo.reset()
 
 
-@feature("compiled blocks (`fullgraph=True`): the model's graphs, once for dense and once for sparse steps", but=TEXT_ONLY)
+@feature(
+    "compiled blocks (`fullgraph=True`): the model's graphs, once for dense and once for sparse steps", but=TEXT_ONLY
+)
 def test_compiled_blocks(form: str, make_preset: MakePreset) -> None:
     def compile_blocks(pipeline: Any, graphs: Graphs) -> None:
         # What compile_repeated_blocks does, which not all of these models have.

@@ -251,16 +251,34 @@ def test_compiled_models_are_refused(build: Build, sparse: Preset) -> None:
 
 
 @torch.no_grad()
-def test_compiling_after_apply_changes_no_step(build: Build, make_preset: MakePreset, wan_call: Call) -> None:
+def test_a_transformer_compiled_in_place_is_told_the_step(
+    build: Build, make_preset: MakePreset, wan_call: Call
+) -> None:
     transformer = build("wan21").transformer
     with apply_pyramid_sparse_attention(transformer, make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1)) as handle:
-        compiled = torch.compile(transformer, backend="eager")
+        expected = []
         for step in range(3):
             with handle.at_step(step, 3):
-                expected = transformer(**wan_call).sample
-                assert torch.equal(compiled(**wan_call).sample, expected)
+                expected.append(transformer(**wan_call).sample)
+        transformer.compile(backend="eager", fullgraph=True)
+        for step in range(3):
+            with handle.at_step(step, 3):
+                assert_same_but_for_rounding(transformer(**wan_call).sample, expected[step])
         assert handle.stats().dense_steps() == [0]
         assert handle.stats().calls == 2 * 3 * 2
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"denoising step outside of the graph.*at_step"):
+            transformer(**wan_call)
+
+
+def test_a_step_found_outside_of_the_graph_breaks_it(build: Build, run: Run, make_preset: MakePreset) -> None:
+    # This pipeline opens no cache context.
+    pipeline = build("hunyuan_token_replace")
+    preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1)
+    with apply_pyramid_sparse_attention(pipeline, preset) as handle:
+        expected = run(pipeline)
+        pipeline.transformer.compile(backend="eager")
+        assert_same_but_for_rounding(run(pipeline), expected)
+        assert handle.stats().dense_steps() == [0]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, Literal
 
 from torch import Tensor, cat, nn
-from torch.compiler import is_compiling
+from torch.compiler import disable, is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
@@ -22,6 +22,14 @@ from psa_integrations.steps import Step, StepFinder, is_dense_step
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
 OnUnsupported = Literal["raise", "dense"]
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]] | None
+"""Arguments of a forward as its hook gives them back, None to leave them."""
+
+STEP_UNKNOWN = (
+    "pyramid sparse attention finds the denoising step outside of the graph: inside a pipeline's cache context or "
+    "handle.at_step it is known before"
+)
 
 LARGEST_HEAD_DIM = 256
 """Of psa_kernels' Triton implementation, whose own check would come only after the dense steps."""
@@ -78,6 +86,7 @@ class TransformerSite:
         self._impl = impl
         self._signature = inspect.signature(type(transformer).forward)
         self._names = tuple(self._signature.parameters)[1:]
+        self._begin_outside = self._begin_eager
         self._tickets: list[Tensor] = []
         self.active = False
         # Whether the next forward is dense, None where only the call itself will tell.
@@ -135,6 +144,7 @@ class TransformerSite:
             *self._adapter.order_hooks(self.transformer, self._order),
         ]
         self._watch_cache_context()
+        self._begin_outside = disable(self._begin_eager, reason=STEP_UNKNOWN)
         self.active = True
         self._finder.listeners.append(self._announce)
         self._announce(None)
@@ -215,14 +225,14 @@ class TransformerSite:
         assert isinstance(order, TokenOrder)
         return order
 
-    def _begin(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if is_compiling():
-            if self._announced is not None:
-                return self._begin_in_graph(module, args, kwargs)
-            # Nobody outside of the graph knows the step. With fullgraph this is the error.
-            _graph_break("the denoising step: run in a pipeline with cache contexts, or inside handle.at_step")
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        if not is_compiling():
+            return self._begin_eager(module, args, kwargs)
+        if self._announced is not None:
+            return self._begin_in_graph(module, args, kwargs)
+        return self._begin_outside(module, args, kwargs)
+
+    def _begin_eager(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         self._current = None
         for attention, processor in self._processors:
             if attention.processor is not processor:
@@ -257,9 +267,7 @@ class TransformerSite:
             self._adapter.order_call(call, self._current.order)
         return (), call
 
-    def _begin_in_graph(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _begin_in_graph(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         """`_begin` where the whole transformer is compiled: one graph for dense steps, and one for sparse ones."""
         self._current = None
         call = dict(zip(self._names, args, strict=False)) | kwargs
@@ -358,10 +366,3 @@ class TransformerSite:
         self._cache_context = cache_context
         # Through __dict__, as a plain attribute of this instance that shadows the method of its class.
         self.transformer.__dict__["cache_context"] = cache_context
-
-
-def _graph_break(what: str) -> None:
-    # Imported here: it is only there where something is being compiled.
-    import torch._dynamo
-
-    torch._dynamo.graph_break(msg=what)
