@@ -10,23 +10,6 @@ import torch
 from psa_config import Preset
 from psa_integrations import apply_pyramid_sparse_attention
 
-PIPELINES = [
-    "wan21",
-    "wan22_a14b",
-    "wan22_5b",
-    "wan22_5b_i2v",
-    "cogvideox_5b",
-    "cogvideox_2b",
-    "cogvideox_1.5",
-]
-
-SIZES = {
-    "odd": {"height": 112, "width": 144},
-    "portrait": {"height": 208, "width": 112},
-    "one frame": {"height": 128, "width": 192, "num_frames": 1},
-    "one column": {"height": 128, "width": 32},
-}
-
 
 def assert_same_but_for_rounding(out: torch.Tensor, expected: torch.Tensor) -> None:
     """Sums in another order: within 1e-5 of the largest value, some hundred times float32's rounding unit."""
@@ -85,3 +68,18 @@ def test_per_token_timesteps_follow_their_tokens(build: Callable[[str], Any], fu
             by_position = transformer(*call.values()).sample
     assert_same_but_for_rounding(by_name, expected)
     assert torch.equal(by_position, by_name)
+
+
+@torch.no_grad()
+def test_mochi_leaves_out_the_same_text_wherever_it_stands(build: Callable[[str], Any], full: Preset) -> None:
+    transformer = build("mochi").transformer
+    generator = torch.Generator().manual_seed(2)
+    call = {
+        "hidden_states": torch.randn(3, 12, 2, 10, 12, generator=generator),
+        "encoder_hidden_states": torch.randn(3, 16, 32, generator=generator),
+        "timestep": torch.tensor([500.0] * 3),
+        "encoder_attention_mask": torch.rand(3, 16, generator=generator) > torch.tensor([0.3, 0.7, 0.0])[:, None],
+    }
+    expected = transformer(**call).sample
+    with apply_pyramid_sparse_attention(transformer, full):
+        assert_same_but_for_rounding(transformer(**call).sample, expected)

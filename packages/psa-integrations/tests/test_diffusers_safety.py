@@ -315,6 +315,46 @@ def test_outside_of_a_forward_nothing_is_reordered(build: Build, sparse: Preset,
     assert all(torch.equal(*pair) for pair in zip(tables, expected, strict=True))
 
 
+def test_a_grid_that_is_not_that_of_the_tokens_is_refused_before_the_dense_steps(
+    build: Build, make_preset: MakePreset
+) -> None:
+    transformer = build("ltx").transformer
+    with apply_pyramid_sparse_attention(transformer, make_preset((1.0,) * 4, warmup_steps=3)) as handle:
+        call = {
+            "hidden_states": torch.zeros(1, 24, 8),
+            "encoder_hidden_states": torch.zeros(1, 16, 32),
+            "timestep": torch.tensor([500]),
+            "encoder_attention_mask": None,
+            "num_frames": 2,
+            "height": 3,
+            "width": 5,
+        }
+        with handle.at_step(0, 5), pytest.raises(ValueError, match=r"24 tokens of hidden_states, got 2 x 3 x 5"):
+            transformer(**call)
+
+
+@torch.no_grad()
+def test_tokens_whose_grid_is_not_told_are_refused_or_run_dense(build: Build, sparse: Preset) -> None:
+    transformer = build("ltx").transformer
+    generator = torch.Generator().manual_seed(4)
+    call = {
+        "hidden_states": torch.randn(1, 70, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 16, 32, generator=generator),
+        "timestep": torch.tensor([500]),
+        "encoder_attention_mask": None,
+        "video_coords": torch.rand(1, 3, 70, generator=generator),
+    }
+    expected = transformer(**call).sample
+    with apply_pyramid_sparse_attention(transformer, sparse), pytest.raises(UnsupportedError, match="how many frames"):
+        transformer(**call)
+    with (
+        apply_pyramid_sparse_attention(transformer, sparse, on_unsupported="dense") as handle,
+        pytest.warns(UserWarning, match="how many frames"),
+    ):
+        assert torch.equal(transformer(**call).sample, expected)
+    assert handle.stats().density == 1.0
+
+
 @pytest.mark.parametrize("patch_size_t", [None, 2])
 def test_grids_are_read_from_the_input(build_transformer: Build, patch_size_t: int | None) -> None:
     wan = build_transformer("wan")
