@@ -21,6 +21,9 @@ PUBLISHED = [
     ("CogVideo_5b", "psa_4steps", Q, 128, (0.05, 0.15, 0.25, 0.5), 0, False, False),
 ]
 
+# Nothing is published for these models. Each starts from the figures of another.
+UNTUNED = {"HunyuanVideo": "Wan2.1_14b", "LTX-Video": "Wan2.2_5B", "Mochi": "CogVideo1.5_5b"}
+
 # model: divisors of width, height and frames; text tokens
 GEOMETRY = {
     "Wan2.1_14b": ((16, 16, 4), 0),
@@ -31,6 +34,9 @@ GEOMETRY = {
     "CogVideo_5b": ((16, 16, 4), 226),
     "Qwen2.5-VL_7b": ((28, 28, 2), 0),
     "tiny-wan": ((4, 4, 1), 0),
+    "HunyuanVideo": ((16, 16, 4), 256),
+    "LTX-Video": ((32, 32, 8), 0),
+    "Mochi": ((16, 16, 6), 256),
 }
 
 
@@ -83,11 +89,18 @@ def test_qwen_scores_antidiagonals_and_has_the_published_similarity_cap() -> Non
     assert (attention.use_rearrange, attention.warmup_steps, attention.cooldown_steps) == (False, 0, 0)
 
 
+@pytest.mark.parametrize(("model", "other"), UNTUNED.items())
+def test_untuned_presets_say_so(model: str, other: str) -> None:
+    attention, start = pyramid(model, "psa_balanced"), pyramid(other, "psa_balanced")
+    assert attention.description == f"Untuned, the published setting of {other}."
+    assert attention.model_copy(update={"description": start.description}) == start
+
+
 def test_every_model_and_preset_is_in_the_tables() -> None:
     book = load_presets()
     assert sorted(book.models) == sorted(GEOMETRY)
     named = {(model, name) for model, name, *_ in PUBLISHED}
-    named |= {(model, "psa_balanced") for model in ("tiny-wan", "Qwen2.5-VL_7b")}
+    named |= {(model, "psa_balanced") for model in ("tiny-wan", "Qwen2.5-VL_7b", *UNTUNED)}
     shipped = {(model, name) for model in book.models for name in book.presets(model)}
     ours = ("baseline", "psa_tail", "psa_quality", "psa_fast")
     assert shipped == named | {(model, name) for model in GEOMETRY for name in ours}

@@ -1,169 +1,24 @@
-"""Tiny random diffusers pipelines, built offline, and presets small enough for them."""
+"""Fixtures around the tiny random pipelines of `lib`, and presets small enough for them."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLCogVideoX,
-    AutoencoderKLWan,
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
-)
 
 from psa_config import BlockSize, MaskRatios, Preset, PyramidSparseAttention, VideoScale
 
-TEXT_TOKENS = 16
+sys.path.insert(0, str(Path(__file__).parent / "lib"))
 
-
-def wan_transformer(**changes: Any) -> WanTransformer3DModel:
-    config = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": 32,
-        "freq_dim": 256,
-        "ffn_dim": 32,
-        "num_layers": 2,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 32,
-    }
-    return WanTransformer3DModel(**config | changes).eval()
-
-
-def wan_vae(**changes: Any) -> AutoencoderKLWan:
-    config = {
-        "base_dim": 3,
-        "z_dim": 16,
-        "dim_mult": [1, 1, 1, 1],
-        "num_res_blocks": 1,
-        "temperal_downsample": [False, True, True],
-    }
-    return AutoencoderKLWan(**config | changes)
-
-
-def wan21() -> WanPipeline:
-    return WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=wan_vae(),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=wan_transformer(),
-    )
-
-
-def wan22_a14b() -> WanPipeline:
-    return WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=wan_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        transformer=wan_transformer(),
-        transformer_2=wan_transformer(),
-        boundary_ratio=0.875,
-    )
-
-
-def wan22_5b(pipeline_class: type = WanPipeline) -> Any:
-    vae = wan_vae(
-        z_dim=48,
-        in_channels=12,
-        out_channels=12,
-        is_residual=True,
-        patch_size=2,
-        latents_mean=[0.0] * 48,
-        latents_std=[1.0] * 48,
-        scale_factor_spatial=16,
-        scale_factor_temporal=4,
-    )
-    return pipeline_class(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae,
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=wan_transformer(in_channels=48, out_channels=48),
-        expand_timesteps=True,
-    )
-
-
-def wan22_5b_i2v() -> WanImageToVideoPipeline:
-    return wan22_5b(WanImageToVideoPipeline)
-
-
-def cogvideox_transformer(**changes: Any) -> CogVideoXTransformer3DModel:
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "time_embed_dim": 2,
-        "text_embed_dim": 32,
-        "num_layers": 2,
-        "sample_width": 24,
-        "sample_height": 16,
-        "sample_frames": 9,
-        "patch_size": 2,
-        "temporal_compression_ratio": 4,
-        "max_text_seq_length": TEXT_TOKENS,
-        "use_rotary_positional_embeddings": True,
-    }
-    return CogVideoXTransformer3DModel(**config | changes).eval()
-
-
-def cogvideox(**changes: Any) -> CogVideoXPipeline:
-    vae = AutoencoderKLCogVideoX(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )
-    return CogVideoXPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae,
-        transformer=cogvideox_transformer(**changes),
-        scheduler=CogVideoXDDIMScheduler(),
-    )
-
-
-BUILDERS: dict[str, Callable[[], Any]] = {
-    "wan21": wan21,
-    "wan22_a14b": wan22_a14b,
-    "wan22_5b": wan22_5b,
-    "wan22_5b_i2v": wan22_5b_i2v,
-    "cogvideox_5b": cogvideox,
-    "cogvideox_2b": lambda: cogvideox(use_rotary_positional_embeddings=False),
-    "cogvideox_1.5": lambda: cogvideox(patch_size_t=2, sample_frames=17),
-}
+import tiny_pipelines
 
 
 @pytest.fixture
 def build() -> Callable[[str], Any]:
     """Builds the pipeline of a name, with the same random weights each time."""
-
-    def build(name: str) -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            pipeline = BUILDERS[name]()
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    return build
+    return tiny_pipelines.build
 
 
 @pytest.fixture
@@ -171,7 +26,7 @@ def build_transformer() -> Callable[..., Any]:
     """Builds a "wan" or "cogvideox" transformer with changes to its configuration."""
 
     def build_transformer(name: str, **changes: Any) -> Any:
-        return {"wan": wan_transformer, "cogvideox": cogvideox_transformer}[name](**changes)
+        return getattr(tiny_pipelines, f"{name}_transformer")(**changes)
 
     return build_transformer
 
@@ -183,7 +38,7 @@ def wan_call() -> dict[str, torch.Tensor]:
     return {
         "hidden_states": torch.randn(1, 16, 2, 16, 16, generator=generator),
         "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, 32, generator=generator),
+        "encoder_hidden_states": torch.randn(1, tiny_pipelines.TEXT_TOKENS, 32, generator=generator),
     }
 
 
@@ -191,35 +46,8 @@ def wan_call() -> dict[str, torch.Tensor]:
 def run() -> Callable[..., torch.Tensor]:
     """Runs a pipeline for a few steps and returns its latents."""
 
-    def run(
-        pipeline: Any,
-        *,
-        height: int = 128,
-        width: int = 192,
-        num_frames: int = 9,
-        steps: int = 3,
-        guidance: float = 4.0,
-        **more: Any,
-    ) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(1)
-        text = torch.randn(2, 1, TEXT_TOKENS, 32, generator=generator)
-        if isinstance(pipeline, WanImageToVideoPipeline):
-            more["image"] = torch.rand(1, 3, height, width, generator=generator)
-        if isinstance(pipeline, CogVideoXPipeline):
-            more["max_sequence_length"] = TEXT_TOKENS
-        latents: torch.Tensor = pipeline(
-            prompt_embeds=text[0],
-            negative_prompt_embeds=text[1],
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generator,
-            output_type="latent",
-            **more,
-        ).frames
-        return latents
+    def run(pipeline: Any, *, height: int = 128, width: int = 192, num_frames: int = 9, **more: Any) -> torch.Tensor:
+        return tiny_pipelines.sample(pipeline, height=height, width=width, num_frames=num_frames, **more)
 
     return run
 

@@ -10,6 +10,9 @@ import torch
 from psa_config import BlockSize, MaskRatios, Preset, PyramidSparseAttention, Samples, SimThresholds, load_presets
 from psa_integrations.build import find_preset, mask_policy, sparse_attention_of, token_order
 from psa_integrations.diffusers.cogvideox import CogVideoXAdapter
+from psa_integrations.diffusers.hunyuan_video import HunyuanVideoAdapter
+from psa_integrations.diffusers.ltx import LTXAdapter
+from psa_integrations.diffusers.mochi import MochiAdapter
 from psa_integrations.diffusers.wan import WanAdapter
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order
 
@@ -152,6 +155,18 @@ def test_every_shipped_preset_builds_for_its_model(model: str) -> None:
             "CogVideo1.5_5b",
         ),
         (CogVideoXAdapter, {"num_layers": 30, "num_attention_heads": 30}, None, None),
+        (
+            HunyuanVideoAdapter,
+            {"num_layers": 20, "num_single_layers": 40, "num_attention_heads": 24},
+            None,
+            "HunyuanVideo",
+        ),
+        (HunyuanVideoAdapter, {"num_layers": 20, "num_single_layers": 20, "num_attention_heads": 24}, None, None),
+        (LTXAdapter, {"num_layers": 28, "num_attention_heads": 32}, None, "LTX-Video"),
+        (LTXAdapter, {"num_layers": 48, "num_attention_heads": 32}, None, "LTX-Video"),
+        (LTXAdapter, {"num_layers": 2, "num_attention_heads": 2}, None, None),
+        (MochiAdapter, {"num_layers": 48, "num_attention_heads": 24}, None, "Mochi"),
+        (MochiAdapter, {"num_layers": 2, "num_attention_heads": 2}, None, None),
     ],
 )
 def test_models_are_known_by_their_configuration(

@@ -46,49 +46,6 @@ def sparse_steps(monkeypatch: pytest.MonkeyPatch) -> SparseSteps:
     return SparseSteps(monkeypatch)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0], ids=["unguided", "guided"])
-@pytest.mark.parametrize("name", PIPELINES)
-def test_warmup_and_cooldown_in_runs_of_any_length(
-    name: str,
-    guidance: float,
-    build: Callable[[str], Any],
-    run: Callable[..., torch.Tensor],
-    make_preset: Callable[..., Preset],
-    sparse_steps: SparseSteps,
-) -> None:
-    pipeline = build(name)
-    preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=2, cooldown_steps=1)
-    with apply_pyramid_sparse_attention(pipeline, preset) as handle:
-        for steps, expected in ((5, [2, 3]), (5, [2, 3]), (4, [2]), (3, []), (2, [])):
-            handle.reset_stats()
-            assert sparse_steps.of_run(run, pipeline, steps=steps, guidance=guidance) == expected
-            dense = [step for step in range(steps) if step not in expected]
-            assert handle.stats().dense_steps() == dense
-
-
-@pytest.mark.parametrize("name", PIPELINES)
-def test_a_run_after_an_aborted_one(
-    name: str,
-    build: Callable[[str], Any],
-    run: Callable[..., torch.Tensor],
-    make_preset: Callable[..., Preset],
-    sparse_steps: SparseSteps,
-) -> None:
-    pipeline = build(name)
-
-    def abort(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
-        if step == 1:
-            raise KeyboardInterrupt
-        return {}
-
-    with apply_pyramid_sparse_attention(pipeline, make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=3)):
-        expected = run(pipeline, steps=5)
-        with pytest.raises(KeyboardInterrupt):
-            run(pipeline, steps=5, callback_on_step_end=abort)
-        assert sparse_steps.of_run(run, pipeline, steps=5) == [3, 4]
-        assert torch.equal(run(pipeline, steps=5), expected)
-
-
 def test_a_run_after_one_that_failed_in_a_sparse_step(
     build: Callable[[str], Any],
     run: Callable[..., torch.Tensor],

@@ -133,6 +133,27 @@ def test_a_timestep_rounded_to_half_precision_asks_the_scheduler() -> None:
     assert StepFinder(pipeline).find(torch.tensor([997.5]).bfloat16()) == Step(1, 3)
 
 
+def test_a_timestep_rounded_to_another_entry_is_still_its_own() -> None:
+    # 997.0 is 996.0 in bfloat16, which is an entry itself, two steps on.
+    pipeline = Pipeline([1000.0, 997.0, 990.0, 996.0], step_index=1)
+    assert StepFinder(pipeline).find(torch.tensor([997.0]).bfloat16()) == Step(1, 4)
+    # 998.0 rounds to 1000.0 while no other entry does.
+    assert StepFinder(Pipeline([998.0, 990.0, 600.0])).find(torch.tensor([998.0]).bfloat16()) == Step(0, 3)
+
+
+def test_those_who_listen_are_told_the_step_before_the_call() -> None:
+    pipeline = Pipeline([900.0, 600.0, 300.0], run_length=3, step_index=None)
+    pipeline.current_timestep = torch.tensor(900.0)
+    heard: list[Step | None] = []
+    finder = StepFinder(pipeline)
+    finder.listeners.append(heard.append)
+    with finder.context(None, None):
+        pass
+    with finder.at(1), finder.context(2, 3):
+        pass
+    assert heard == [Step(0, 3), None, Step(1, 3), Step(1, 3), Step(1, 3), None]
+
+
 def test_a_timestep_outside_the_schedule_is_unknown_where_the_scheduler_keeps_no_index() -> None:
     pipeline = Pipeline([900.0, 600.0, 300.0])
     assert StepFinder(pipeline).find(torch.tensor([601.0])) is None

@@ -36,6 +36,7 @@ def sparse_attention(
     policy: MaskPolicy,
     *,
     scale: float | None = None,
+    kv_lengths: Tensor | None = None,
     order: Callable[[Tensor, Tensor], AttentionOrder] | None = None,
     impl: str | None = None,
     on_levels: Callable[[Tensor], None] | None = None,
@@ -48,8 +49,9 @@ def sparse_attention(
         value: [B, H_kv, kv_len, D].
         policy: decides the levels, and whether attention is causal.
         scale: of the logits; None is 1/sqrt(D).
+        kv_lengths: int32 or int64 [B], how many keys of each sample exist; None is all.
         order: gives the order of queries and that of keys and values, from the two; the output is in that of the
-            caller. None leaves all as it comes.
+            caller. None leaves all as it comes. Keys that do not exist must stay behind the others.
         impl: implementation of every operator, see psa_kernels.pyramid_attention.
         on_levels: called with the levels, int8 [B, H, num_q_blocks, num_kv_blocks].
 
@@ -58,7 +60,7 @@ def sparse_attention(
 
     Returns:
         The output [B, H, q_len, D] in the dtype of value, and the density of what was executed, float32
-        [B, H].
+        [B, H]; keys that do not exist count as if they did, in both parts of the fraction.
 
     Raises:
         ValueError: if there is an `order` and `policy` is causal: a key's place would no longer say who may see it.
@@ -70,7 +72,7 @@ def sparse_attention(
             raise ValueError("policy must not be causal where tokens are reordered, got is_causal True")
         orders = order(query, key)
         query, key, value = orders.apply(query, key, value)
-    levels = policy(query, key, scale=scale, impl=impl)
+    levels = policy(query, key, scale=scale, kv_lengths=kv_lengths, impl=impl)
     if on_levels is not None:
         on_levels(levels)
     layout = BlockLayout(
@@ -91,6 +93,7 @@ def sparse_attention(
         block_kv=policy.block_kv,
         is_causal=policy.is_causal,
         scale=scale,
+        kv_lengths=kv_lengths,
         num_levels=policy.num_levels,
         impl=impl,
     )

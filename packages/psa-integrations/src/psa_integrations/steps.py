@@ -1,7 +1,7 @@
 """Which denoising step a transformer call belongs to, and whether that step runs dense."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,15 +80,20 @@ class StepFinder:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._by_hand: Step | None = None
         self._from_context: Step | None = None
+        self.listeners: list[Callable[[Step | None], None]] = []
+        """Told the step of the calls inside an `at` or a context when it is entered, and None when it is left: for
+        compiled calls, which cannot look for it."""
 
     @contextmanager
     def at(self, index: int, total: int | None = None) -> Iterator[None]:
         """Sets the step of the calls made inside."""
         before, self._by_hand = self._by_hand, Step(index, total)
         try:
+            self._tell(self._known())
             yield
         finally:
             self._by_hand = before
+            self._tell(None if before is None else self._known())
 
     @contextmanager
     def context(self, step_index: int | None, num_inference_steps: int | None) -> Iterator[None]:
@@ -96,22 +101,42 @@ class StepFinder:
         before = self._from_context
         self._from_context = None if step_index is None else Step(int(step_index), num_inference_steps)
         try:
+            self._tell(self._known() or self._of_loop())
             yield
         finally:
             self._from_context = before
+            self._tell(None if self._by_hand is None else self._known())
 
     def find(self, timestep: torch.Tensor | float) -> Step | None:
         """The step of a call at `timestep` (any shape; the noisiest entry counts), or None if it is unknown.
 
         Reads `timestep` from its device only where neither `at` nor a cache context names the step.
         """
-        known = self._by_hand or self._from_context
-        if known is not None and known.total is not None:
+        known = self._known()
+        if known is not None:
             return known
         run = self._run()
-        if known is not None:
-            return known if run is None else Step(known.index, run.total)
         return None if run is None else run.find(timestep)
+
+    def _known(self) -> Step | None:
+        """The step that `at` or a cache context names."""
+        known = self._by_hand or self._from_context
+        if known is None or known.total is not None:
+            return known
+        run = self._run()
+        return known if run is None else Step(known.index, run.total)
+
+    def _of_loop(self) -> Step | None:
+        """The step that the pipeline's loop is at, where that can be told without the call's timestep."""
+        run = self._run()
+        now = getattr(self._living_pipeline(), "current_timestep", None)
+        if run is None or now is None:
+            return None
+        return run.find(now) if run.index() is None else run.index()
+
+    def _tell(self, step: Step | None) -> None:
+        for listen in self.listeners:
+            listen(step)
 
     @property
     def scheduler_name(self) -> str | None:
@@ -152,10 +177,17 @@ class _Run:
 
     def find(self, timestep: torch.Tensor | float) -> Step | None:
         # Image to video gives the tokens of the given frame timestep 0, so the largest one is the step's.
-        now = float(torch.as_tensor(timestep).max())
-        places = [place for place, t in enumerate(self.schedule[self.first :].tolist()) if t == now]
+        now = torch.as_tensor(timestep).max()
+        schedule = self.schedule[self.first :]
+        # In the rounding of the timestep: a bfloat16 one may be exactly a neighbour of the entry it stands for.
+        schedule = schedule.to(now.dtype) if now.is_floating_point() else schedule
+        places = [place for place, t in enumerate(schedule.tolist()) if t == float(now)]
         if len(places) == 1:
             return Step(places[0], self.total)
+        return self.index()
+
+    def index(self) -> Step | None:
+        """What the scheduler counts itself."""
         if not hasattr(self.scheduler, "step_index"):
             return None
         # Schedulers have no index before the first step of a run.

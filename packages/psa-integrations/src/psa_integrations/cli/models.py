@@ -72,5 +72,24 @@ MODELS: dict[str, ModelSpec] = {
             "zai-org/CogVideoX1.5-5B",
             RunDefaults(1360, 768, 81, 50, 6.0, 16),
         ),
+        # Its guidance is a number given to the model, not a second prediction.
+        ModelSpec(
+            "hunyuanvideo",
+            "HunyuanVideo",
+            "hunyuanvideo-community/HunyuanVideo",
+            RunDefaults(1280, 720, 129, 50, 6.0, 24),
+        ),
+        ModelSpec(
+            "ltx-video",
+            "LTX-Video",
+            "Lightricks/LTX-Video",
+            RunDefaults(704, 480, 161, 50, 3.0, 25),
+        ),
+        ModelSpec(
+            "mochi",
+            "Mochi",
+            "genmo/mochi-1-preview",
+            RunDefaults(848, 480, 85, 64, 4.5, 30),
+        ),
     )
 }

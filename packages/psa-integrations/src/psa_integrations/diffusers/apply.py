@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import get_args
@@ -82,14 +83,14 @@ def apply_pyramid_sparse_attention(
     on_unsupported: OnUnsupported = "raise",
     impl: str | None = None,
 ) -> AppliedAttention:
-    """Gives the self-attention of a diffusers Wan or CogVideoX model the preset's pyramid sparse attention.
+    """Gives the self-attention of a diffusers video model the preset's pyramid sparse attention.
 
     Cross-attention, text encoder and VAE stay as they are. In steps that the preset keeps dense the model
     computes exactly what it did before.
 
     Args:
         pipeline_or_transformer: a pipeline with a `transformer`, perhaps a `transformer_2`, or a transformer
-            itself (WanTransformer3DModel, CogVideoXTransformer3DModel). Given a transformer alone, the
+            itself, of Wan, CogVideoX, HunyuanVideo, LTX-Video or Mochi. Given a transformer alone, the
             denoising step is known inside a cache context that carries it or `handle.at_step`; elsewhere a
             preset with `warmup_steps` or `cooldown_steps` raises a StepError, and one without runs sparse.
         preset: a psa_config.Preset, `"Model/preset"` from the shipped presets, or a preset's name alone where
@@ -171,18 +172,50 @@ def _transformers(given: object) -> tuple[object | None, dict[str, nn.Module]]:
 
 def _adapter(transformer: nn.Module) -> Adapter:
     names = {cls.__name__ for cls in type(transformer).__mro__ if cls.__module__.startswith("diffusers.")}
-    # Imported here because diffusers takes seconds to import, and each of the two only where it is used.
-    if "WanTransformer3DModel" in names:
-        from psa_integrations.diffusers.wan import WanAdapter
-
-        return WanAdapter()
-    if "CogVideoXTransformer3DModel" in names:
-        from psa_integrations.diffusers.cogvideox import CogVideoXAdapter
-
-        return CogVideoXAdapter()
+    for name, load in ADAPTERS.items():
+        if name in names:
+            return load()
     if type(transformer).__name__ == "OptimizedModule":
         raise RuntimeError("the transformer is compiled: apply pyramid sparse attention first, then compile")
-    raise TypeError(
-        "the transformer must be a WanTransformer3DModel or a CogVideoXTransformer3DModel, "
-        f"got {type(transformer).__name__}"
-    )
+    raise TypeError(f"the transformer must be one of {', '.join(ADAPTERS)}, got {type(transformer).__name__}")
+
+
+# Each imports its adapter itself: diffusers takes seconds to import, and every model more.
+def _wan() -> Adapter:
+    from psa_integrations.diffusers.wan import WanAdapter
+
+    return WanAdapter()
+
+
+def _cogvideox() -> Adapter:
+    from psa_integrations.diffusers.cogvideox import CogVideoXAdapter
+
+    return CogVideoXAdapter()
+
+
+def _hunyuan_video() -> Adapter:
+    from psa_integrations.diffusers.hunyuan_video import HunyuanVideoAdapter
+
+    return HunyuanVideoAdapter()
+
+
+def _ltx() -> Adapter:
+    from psa_integrations.diffusers.ltx import LTXAdapter
+
+    return LTXAdapter()
+
+
+def _mochi() -> Adapter:
+    from psa_integrations.diffusers.mochi import MochiAdapter
+
+    return MochiAdapter()
+
+
+ADAPTERS: dict[str, Callable[[], Adapter]] = {
+    "WanTransformer3DModel": _wan,
+    "CogVideoXTransformer3DModel": _cogvideox,
+    "HunyuanVideoTransformer3DModel": _hunyuan_video,
+    "LTXVideoTransformer3DModel": _ltx,
+    "MochiTransformer3DModel": _mochi,
+}
+"""Transformer classes of diffusers that can be served."""

@@ -1,6 +1,5 @@
 """CogVideoX 2B, 5B and 1.5, as diffusers builds them."""
 
-from collections.abc import Callable
 from typing import Any
 
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
@@ -8,8 +7,16 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, cat, nn
 from torch.utils.hooks import RemovableHandle
 
-from psa_integrations.diffusers.adapter import Adapter, Processor, SelfAttention, in_order
-from psa_masks import TokenOrder, VideoGrid
+from psa_integrations.diffusers.adapter import (
+    Adapter,
+    CurrentOrder,
+    Order,
+    Processor,
+    SelfAttention,
+    in_order,
+    undo_output,
+)
+from psa_masks import VideoGrid
 
 
 class CogVideoXAdapter(Adapter):
@@ -37,12 +44,12 @@ class CogVideoXAdapter(Adapter):
             text_first=True,
         )
 
-    def order_call(self, call: dict[str, Any], order: TokenOrder) -> None:
+    def order_call(self, call: dict[str, Any], order: Order) -> None:
         rotary = call.get("image_rotary_emb")
         if rotary is not None:
             call["image_rotary_emb"] = tuple(in_order(table, order, 0, "image_rotary_emb") for table in rotary)
 
-    def order_hooks(self, transformer: Any, current: Callable[[], TokenOrder | None]) -> list[RemovableHandle]:
+    def order_hooks(self, transformer: Any, current: CurrentOrder) -> list[RemovableHandle]:
         def order_tokens(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             order = current()
             if order is None:
@@ -51,13 +58,9 @@ class CogVideoXAdapter(Adapter):
             video = in_order(output[:, text:], order, 1, "the patch embedding")
             return cat((output[:, :text], video), dim=1)
 
-        def undo_order(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            order = current()
-            return None if order is None else order.undo(output, 1)
-
         return [
             transformer.patch_embed.register_forward_hook(order_tokens),
-            transformer.proj_out.register_forward_hook(undo_order),
+            undo_output(transformer.proj_out, current),
         ]
 
     def processor(self, original: Any, attention: SelfAttention, layer: int) -> Processor:
@@ -76,7 +79,7 @@ class CogVideoXProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not self.attention.runs_sparse(self.layer, hidden_states, attention_mask):
+        if not self.attention.runs_sparse(self, hidden_states, attention_mask):
             dense: tuple[Tensor, Tensor] = self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
@@ -98,6 +101,6 @@ class CogVideoXProcessor(Processor):
             query, key = (
                 cat((x[:, :, :text], apply_rotary_emb(x[:, :, text:], image_rotary_emb)), dim=2) for x in (query, key)
             )
-        out = self.attention.attend(self.layer, query, key, value)
+        out = self.attention.attend(self, query, key, value)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return out[:, text:], out[:, :text]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from psa_masks import TokenOrder
+from psa_integrations.diffusers.adapter import Order
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Ulysses:
         received = self._exchange(out.unflatten(2, (self.size, -1)).movedim(2, 0))  # of each process its heads
         return received.movedim(0, 1).flatten(1, 2)
 
-    def order(self, part: Tensor, order: TokenOrder, dim: int) -> Tensor:
+    def order(self, part: Tensor, order: Order, dim: int) -> Tensor:
         """This process's part of the tokens that lie in parts along `dim`, after all are put in `order`."""
         gathered = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(gathered, part.contiguous(), group=self.group)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
+from torch.compiler import disable, is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
 from psa_integrations.attention import check_device, sparse_attention
 from psa_integrations.build import cluster_orders, mask_policy, sparse_attention_of, token_order
 from psa_integrations.clusters import ClusterOrders
-from psa_integrations.diffusers.adapter import Adapter, Processor
+from psa_integrations.diffusers.adapter import Adapter, Order, Processor
+from psa_integrations.diffusers.compiled import OrderInGraph, attend, count_dense, sizes, tickets
 from psa_integrations.diffusers.parallel import parallel_problem, ulysses_of
 from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import StatsRecorder
@@ -23,6 +25,14 @@ from psa_integrations.steps import Step, StepFinder, is_dense_step
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
 OnUnsupported = Literal["raise", "dense"]
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]] | None
+"""Arguments of a forward as its hook gives them back, None to leave them."""
+
+STEP_UNKNOWN = (
+    "pyramid sparse attention finds the denoising step outside of the graph: inside a pipeline's cache context or "
+    "handle.at_step it is known before"
+)
 
 LARGEST_HEAD_DIM = 256
 """Of psa_kernels' Triton implementation, whose own check would come only after the dense steps."""
@@ -35,12 +45,17 @@ class UnsupportedError(RuntimeError):
 @dataclass(frozen=True)
 class SparseForward:
     """How a sparse forward treats its tokens. `order` is over the video tokens alone, once for all layers; `clusters`
-    makes further ones in each of them."""
+    makes further ones in each of them.
+
+    Where the whole transformer is compiled, policy and clusters are looked up by `in_graph`, the grid as operators take
+    it.
+    """
 
     grid: VideoGrid
-    policy: MaskPolicy
-    order: TokenOrder | None
-    clusters: ClusterOrders | None
+    policy: MaskPolicy | None
+    order: Order | None
+    clusters: ClusterOrders | None = None
+    in_graph: tuple[int, ...] = ()
 
 
 class TransformerSite:
@@ -77,6 +92,12 @@ class TransformerSite:
         self._on_unsupported = on_unsupported
         self._impl = impl
         self._signature = inspect.signature(type(transformer).forward)
+        self._names = tuple(self._signature.parameters)[1:]
+        self._begin_outside = self._begin_eager
+        self._tickets: list[Tensor] = []
+        self.active = False
+        # Whether the next forward is dense, None where only the call itself will tell.
+        self._announced: bool | None = None
         self._forwards: dict[VideoGrid, SparseForward] = {}
         self._processors: list[tuple[Any, Processor]] = []
         self._hooks: list[RemovableHandle] = []
@@ -94,7 +115,7 @@ class TransformerSite:
         for attention in attentions:
             # Left behind by unfuse_qkv_projections, which puts back the processors it once found.
             while isinstance(attention.processor, Processor) and not attention.processor.attention.active:
-                attention.set_processor(attention.processor.original)
+                attention.processor = attention.processor.original
         if any(isinstance(attention.processor, Processor) for attention in attentions):
             raise RuntimeError(f"{where} already has pyramid sparse attention: call remove() on its handle first")
         if getattr(self.transformer, "_compiled_call_impl", None) is not None:
@@ -118,9 +139,12 @@ class TransformerSite:
 
     def install(self) -> None:
         """Sets the processors and the hooks."""
-        for layer, attention in enumerate(self._adapter.attentions(self.transformer)):
+        attentions = self._adapter.attentions(self.transformer)
+        self._tickets = tickets(self, len(attentions))
+        for layer, attention in enumerate(attentions):
             processor = self._adapter.processor(attention.processor, self, layer)
-            attention.set_processor(processor)
+            processor.ticket, processor.dense = self._tickets[layer], layer in self._dense_layers
+            attention.processor = processor
             self._processors.append((attention, processor))
         self._hooks = [
             self.transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -128,6 +152,10 @@ class TransformerSite:
             *self._adapter.order_hooks(self.transformer, self._order),
         ]
         self._watch_cache_context()
+        self._begin_outside = disable(self._begin_eager, reason=STEP_UNKNOWN)
+        self.active = True
+        self._finder.listeners.append(self._announce)
+        self._announce(None)
 
     def remove(self) -> None:
         """Takes the hooks off and puts the original processors back."""
@@ -136,17 +164,17 @@ class TransformerSite:
         for attention, processor in self._processors:
             # Someone else may have set another one since; that one is theirs.
             if attention.processor is processor:
-                attention.set_processor(processor.original)
+                attention.processor = processor.original
         if self.transformer.__dict__.get("cache_context") is self._cache_context is not None:
             del self.transformer.__dict__["cache_context"]
+        if self._announce in self._finder.listeners:
+            self._finder.listeners.remove(self._announce)
         self._hooks, self._processors, self._cache_context = [], [], None
         self._forwards.clear()
+        self.active = False
 
-    @property
-    def active(self) -> bool:
-        return bool(self._hooks)
-
-    def runs_sparse(self, layer: int, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
+    def runs_sparse(self, processor: Processor, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
+        # Compiled blocks trace this once for all layers and steps: what differs between them must not be read here.
         if not self.active:
             return False
         if self._sparse is not None:
@@ -154,21 +182,50 @@ class TransformerSite:
             check_device(self._impl, hidden_states)
         if self._current is not None and attention_mask is not None:
             # A dense layer could not follow it either: the mask knows nothing of the token order.
-            raise UnsupportedError(f"layer {layer} of {self.name} was given an attention mask in a sparse step")
-        sparse = self._current is not None and layer not in self._dense_layers
+            raise UnsupportedError(
+                f"layer {processor.layer} of {self.name} was given an attention mask in a sparse step"
+            )
+        sparse = self._current is not None and not processor.dense
         if not sparse:
-            self._stats.dense((self.name, self._step, layer))
+            if is_compiling():
+                count_dense(processor.ticket)
+            else:
+                self.count_dense(processor.layer)
         return sparse
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        ulysses = ulysses_of(self.transformer)
-        if ulysses is None:
-            return self._attend_to_all(layer, query, key, value)
-        return ulysses.attend(query, key, value, partial(self._attend_to_all, layer))
+    def count_dense(self, layer: int) -> None:
+        """Notes a dense call of a layer."""
+        self._stats.dense((self.name, self._step, layer))
 
-    def _attend_to_all(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        forward = self._current
+    def attend(
+        self, processor: Processor, query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None = None
+    ) -> Tensor:
+        if is_compiling():
+            grid = self._current.in_graph if self._current is not None else ()
+            out: Tensor = attend(query, key, value, kv_lengths, processor.ticket, grid)
+            return out
+        return self.attend_in(processor.layer, query, key, value, kv_lengths)
+
+    def attend_in(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_lengths: Tensor | None,
+        grid: VideoGrid | None = None,
+    ) -> Tensor:
+        """Sparse attention of a layer; the grid None is that of the forward under way."""
+        forward = self._current if grid is None else self._forward(grid)
         assert forward is not None
+        attend_to_all = partial(self._attend_to_all, layer, forward, kv_lengths)
+        ulysses = ulysses_of(self.transformer)
+        return attend_to_all(query, key, value) if ulysses is None else ulysses.attend(query, key, value, attend_to_all)
+
+    def _attend_to_all(
+        self, layer: int, forward: SparseForward, kv_lengths: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        assert forward.policy is not None
         if query.shape[2] != forward.grid.seq_len:
             raise ValueError(
                 f"the self-attention of layer {layer} must get the {forward.grid.seq_len} tokens of "
@@ -179,14 +236,28 @@ class TransformerSite:
         if forward.clusters is not None:
             order = partial(forward.clusters, step=self._step, layer=layer, impl=self._impl)
         elif self.level_recorder is not None:  # in orders of each head's own, a map would say nothing of the video
+            assert forward.order is None or isinstance(forward.order, TokenOrder)
             take = self.level_recorder.taker(place, grid=forward.grid, order=forward.order, policy=forward.policy)
-        out, density = sparse_attention(query, key, value, forward.policy, order=order, impl=self._impl, on_levels=take)
+        out, density = sparse_attention(
+            query, key, value, forward.policy, kv_lengths=kv_lengths, order=order, impl=self._impl, on_levels=take
+        )
         self._stats.sparse(place, density)
         return out
 
-    def _begin(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def order_of(self, grid: VideoGrid) -> TokenOrder:
+        """The order of the video tokens of `grid`."""
+        order = self._forward(grid).order
+        assert isinstance(order, TokenOrder)
+        return order
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        if not is_compiling():
+            return self._begin_eager(module, args, kwargs)
+        if self._announced is not None:
+            return self._begin_in_graph(module, args, kwargs)
+        return self._begin_outside(module, args, kwargs)
+
+    def _begin_eager(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         self._current = None
         for attention, processor in self._processors:
             if attention.processor is not processor:
@@ -205,7 +276,11 @@ class TransformerSite:
         # Before the dense steps: what cannot be served should not cost them first.
         if not self._serves(module, call):
             return None
-        forward = self._forward(self._adapter.grid(module, call))
+        grid = self._adapter.grid(module, call)
+        if grid is None:
+            self._supported("the call does not say how many frames, rows and columns of tokens it has")
+            return None
+        forward = self._forward(grid)
         if is_dense_step(
             step,
             warmup=self._sparse.warmup_steps,
@@ -227,7 +302,39 @@ class TransformerSite:
                 if forward.clusters is not None:
                     forward.clusters.reset()
 
-    def _order(self) -> TokenOrder | None:
+    def _begin_in_graph(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        """`_begin` where the whole transformer is compiled: one graph for dense steps, and one for sparse ones."""
+        self._current = None
+        call = dict(zip(self._names, args, strict=False)) | kwargs
+        if self._announced or not self._serves(module, call):
+            return None
+        grid = self._adapter.grid(module, call)
+        if grid is None:
+            self._supported("the call does not say how many frames, rows and columns of tokens it has")
+            return None
+        assert self._sparse is not None
+        order = OrderInGraph(self._tickets[0], grid) if self._sparse.use_rearrange else None
+        self._current = SparseForward(grid, None, order, in_graph=tuple(sizes(grid)))
+        if order is not None:
+            self._adapter.order_call(call, order)
+        return (), call
+
+    def _announce(self, step: Step | None) -> None:
+        """Settles before a compiled forward whether it is dense."""
+        self._announced = None
+        if self._sparse is None:
+            self._announced = True
+        elif not self._sparse.warmup_steps and not self._sparse.cooldown_steps:
+            self._announced = False
+        elif step is not None and (step.total is not None or not self._sparse.cooldown_steps):
+            self._announced = is_dense_step(
+                step, warmup=self._sparse.warmup_steps, cooldown=self._sparse.cooldown_steps
+            )
+        self._step = None if step is None else step.index
+        if step is not None:
+            self._follow(step)
+
+    def _order(self) -> Order | None:
         return None if self._current is None else self._current.order
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -236,25 +343,41 @@ class TransformerSite:
     def _forward(self, grid: VideoGrid) -> SparseForward:
         assert self._sparse is not None
         if grid not in self._forwards:
-            video = VideoGrid(frames=grid.frames, height=grid.height, width=grid.width)
             self._forwards[grid] = SparseForward(
                 grid,
                 mask_policy(self._sparse, grid),
-                token_order(self._sparse, video),
+                self._token_order(grid),
                 cluster_orders(self._sparse, grid),
             )
         return self._forwards[grid]
+
+    def _token_order(self, grid: VideoGrid) -> TokenOrder | None:
+        """The order of the video tokens of `grid`."""
+        assert self._sparse is not None
+        first = min(self._adapter.frames_apart(self.transformer), grid.frames)
+        parts, start = [], 0
+        for frames in (first, grid.frames - first):
+            if frames == 0:
+                continue
+            part = VideoGrid(frames=frames, height=grid.height, width=grid.width)
+            order = token_order(self._sparse, part)
+            if order is None:
+                return None
+            parts.append(order.order + start)
+            start += len(order)
+        return TokenOrder(cat(parts))
 
     def _serves(self, module: nn.Module, call: dict[str, Any]) -> bool:
         """Whether the call, in the module's present state, can run sparse."""
         assert self._sparse is not None
         if (call.get("attention_kwargs") or {}).get("attention_mask") is not None:
             return self._supported("attention_kwargs holds an attention mask, which sparse blocks cannot follow")
+        grid = self._adapter.grid(module, call)
         problem = parallel_problem(
             module,
             heads=self._adapter.attentions(module)[0].heads,
             supported=self._adapter.context_parallel,
-            tokens=self._adapter.grid(module, call).seq_len,
+            tokens=0 if grid is None else grid.seq_len,
         )
         if problem is not None:
             return self._supported(problem)

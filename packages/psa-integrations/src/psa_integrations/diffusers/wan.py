@@ -1,15 +1,23 @@
 """Wan 2.1 and 2.2, as diffusers builds them."""
 
-from collections.abc import Callable
 from typing import Any
 
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn, stack
 from torch.utils.hooks import RemovableHandle
 
-from psa_integrations.diffusers.adapter import Adapter, Processor, SelfAttention, in_order
+from psa_integrations.diffusers.adapter import (
+    Adapter,
+    CurrentOrder,
+    DispatchedProcessor,
+    Order,
+    Processor,
+    SelfAttention,
+    in_order,
+    undo_output,
+)
 from psa_integrations.diffusers.parallel import ulysses_of
-from psa_masks import TokenOrder, VideoGrid
+from psa_masks import VideoGrid
 
 
 class WanAdapter(Adapter):
@@ -40,57 +48,40 @@ class WanAdapter(Adapter):
         patch_t, patch_h, patch_w = transformer.config.patch_size
         return VideoGrid(frames=frames // patch_t, height=height // patch_h, width=width // patch_w)
 
-    def order_call(self, call: dict[str, Any], order: TokenOrder) -> None:
+    def order_call(self, call: dict[str, Any], order: Order) -> None:
         if call["timestep"].ndim == 2:
             call["timestep"] = in_order(call["timestep"], order, 1, "timestep")
 
-    def order_hooks(self, transformer: Any, current: Callable[[], TokenOrder | None]) -> list[RemovableHandle]:
+    def order_hooks(self, transformer: Any, current: CurrentOrder) -> list[RemovableHandle]:
+        def order_tokens(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            order = current()
+            if order is None:
+                return None
+            # [B, C, T, H, W], which the model flattens to tokens next. The first block would be the easier place, but
+            # then it alone would have a hook, and be another graph than the rest where blocks are compiled.
+            return in_order(output.flatten(2), order, 2, "the patch embedding").view_as(output)
+
         def order_rotary(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             order = current()
             if order is None:
                 return None
             ulysses = ulysses_of(transformer)
-            if ulysses is not None:  # diffusers has cut the table by now, and cuts the tokens after `order_tokens`
+            if ulysses is not None:  # diffusers has cut the table by now, and will cut the tokens
                 return tuple(ulysses.order(table, order, 1) for table in output)
             return tuple(in_order(table, order, 1, "the rotary table") for table in output)
 
-        def order_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            order = current()
-            return None if order is None else (in_order(args[0], order, 1, "hidden_states"), *args[1:])
-
-        def undo_order(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            order = current()
-            return None if order is None else order.undo(output, 1)
-
         return [
             transformer.rope.register_forward_hook(order_rotary),
-            transformer.blocks[0].register_forward_pre_hook(order_tokens),
-            transformer.proj_out.register_forward_hook(undo_order),
+            transformer.patch_embedding.register_forward_hook(order_tokens),
+            undo_output(transformer.proj_out, current),
         ]
 
     def processor(self, original: Any, attention: SelfAttention, layer: int) -> Processor:
         return WanProcessor(original, attention, layer)
 
 
-class WanProcessor(Processor):
+class WanProcessor(DispatchedProcessor):
     """Self-attention of a Wan block."""
-
-    # diffusers sets these two on every processor that has them; the dense calls are the ones to follow them.
-    @property
-    def _attention_backend(self) -> Any:
-        return self.original._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.original._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> Any:
-        return self.original._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.original._parallel_config = config
 
     def __call__(
         self,
@@ -100,7 +91,7 @@ class WanProcessor(Processor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if not self.attention.runs_sparse(self.layer, hidden_states, attention_mask):
+        if not self.attention.runs_sparse(self, hidden_states, attention_mask):
             dense: Tensor = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return dense
         if attn.fused_projections:
@@ -111,7 +102,7 @@ class WanProcessor(Processor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))  # [B, L, H, D]
         if rotary_emb is not None:
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
-        out = self.attention.attend(self.layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        out = self.attention.attend(self, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))
         projected: Tensor = attn.to_out[1](out)
         return projected

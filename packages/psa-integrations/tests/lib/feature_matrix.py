@@ -1,0 +1,72 @@
+"""Tests that run for every form of every model, and the table that says what they prove."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from tiny_pipelines import FORMS, Form
+
+START, END = "<!-- support table: written by tests/lib/write_support_table.py -->", "<!-- end of support table -->"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One row of the table: what is claimed, and of which forms it is not tested, for what reason."""
+
+    title: str
+    but: Mapping[str, str]
+
+
+FEATURES: dict[str, Feature] = {}
+
+
+def feature(title: str, *, but: Mapping[str, str] | None = None) -> Callable[[Any], Any]:
+    """Runs a test, as its argument `form`, for the name of every form but those in `but`, and notes it as a feature."""
+    left_out = dict(but or {})
+    assert title not in FEATURES
+    assert left_out.keys() <= FORMS.keys()
+    FEATURES[title] = Feature(title, left_out)
+    return pytest.mark.parametrize("form", [name for name in FORMS if name not in left_out])
+
+
+def forms_where(holds: Callable[[Form], bool], reason: str) -> dict[str, str]:
+    """For `but`: the forms of which `holds` is true, each with the reason."""
+    return {name: reason for name, form in FORMS.items() if holds(form)}
+
+
+def support_table() -> str:
+    """Features by models: "yes" where every form of the model has its test, else a note on those that have none."""
+    models = list(dict.fromkeys(form.model for form in FORMS.values()))
+    titles = {model: "; ".join(form.title for form in FORMS.values() if form.model == model) for model in models}
+    notes: list[str] = []
+    rows = [["", *models], ["---"] * (len(models) + 1), ["forms", *titles.values()]]
+    for entry in FEATURES.values():
+        row = [entry.title]
+        for model in models:
+            forms = [name for name, form in FORMS.items() if form.model == model]
+            left_out = {name: entry.but[name] for name in forms if name in entry.but}
+            if not left_out:
+                row.append("yes")
+                continue
+            numbers = []
+            for reason in dict.fromkeys(left_out.values()):
+                of = [FORMS[name].title for name in left_out if left_out[name] == reason]
+                note = reason if len(of) == len(forms) else f"{'; '.join(of)}: {reason}"
+                if note not in notes:
+                    notes.append(note)
+                numbers.append(str(notes.index(note) + 1))
+            mark = f"({', '.join(numbers)})"
+            row.append(mark if len(left_out) == len(forms) else f"yes {mark}")
+        rows.append(row)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, start=1))])
+
+
+def with_table(readme: str) -> str:
+    """The README's text with the table between its two marks."""
+    before, mark, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    assert mark
+    assert end
+    return f"{before}{START}\n\n{support_table()}\n\n{END}{after}"
