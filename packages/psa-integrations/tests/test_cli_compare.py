@@ -80,7 +80,7 @@ def test_the_default_preset_is_the_models(weights: str, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "--prompt or --prompt-file must be given, got neither"),
-        (["--prompt-file", "empty.txt"], "--prompt-file must hold a prompt a line, and empty.txt holds none"),
+        (["--prompt-file", "empty.txt"], "--prompt-file must hold a prompt a line, and empty.txt has none"),
         (["--prompt-file", "bytes.txt"], "--prompt-file must be UTF-8 text, and bytes.txt is not"),
         ([*PROMPT, "--preset", "baseline"], "--preset must be a sparse one, as dense attention always runs; got base"),
         ([*PROMPT, "--preset", "psa_tail", "--preset", "psa_tail"], "once for each preset, got psa_tail, psa_tail"),

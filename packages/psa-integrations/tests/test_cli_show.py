@@ -70,7 +70,7 @@ def test_the_shape_of_the_shipped_model() -> None:
     shape = SHAPES["tiny-wan"]
     found = (config.num_layers, config.num_attention_heads, config.attention_head_dim)
     assert found == (shape.layers, shape.heads, shape.head_dim)
-    assert set(SHAPES) == set(load_presets().models)
+    assert set(SHAPES) == set(load_presets().models) - {"Qwen2.5-VL_7b"}  # which makes no videos
     assert SHAPES["Wan2.1_1.3b"].dense_flops(10) == 4 * 100 * 12 * 128 * 30
 
 

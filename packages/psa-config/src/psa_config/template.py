@@ -15,6 +15,7 @@ _RANGES = (
     " From 0 to 1 without gap or overlap, in shares of the importance (thresholdbound) or of the number of blocks "
     "(topk). A level that is left out is an empty range."
 )
+_BUDGET = " With budget, `density: 0.15` and `budget_per: head` or `layer` stand in place of mask_ratios."
 _SAMPLES = " Left out: a quarter of the block."
 
 
@@ -32,6 +33,8 @@ def template(model: str, *, name: str = "mine") -> str:
     assert isinstance(preset.attention, PyramidSparseAttention)
     values = preset.attention.model_dump(by_alias=True, exclude_none=True)
     values["description"] = f"A start: the settings of {preset.name}."
+    if preset.attention.mask_mode != "budget":
+        del values["budget_per"]  # it goes with budget alone
     samples = {"q": preset.attention.block_size.m // 4, "kv": preset.attention.block_size.n // 4}
     values["samples"] = {**samples, **values["samples"]}
     fields = {
@@ -44,6 +47,7 @@ def template(model: str, *, name: str = "mine") -> str:
     here = (model, "attention_configs", name)
     comments |= {(*here, *path): text for path, text in _described(PyramidSparseAttention).items()}
     comments[(*here, "mask_ratios")] += _RANGES
+    comments[(*here, "mask_mode")] += _BUDGET
     comments[(*here, "samples")] += _SAMPLES
     schema = "# yaml-language-server: $schema=schema.json  (written by: psa presets schema > schema.json)"
     return "\n".join([schema, *comment(_HEADER), write({model: fields}, comments)])

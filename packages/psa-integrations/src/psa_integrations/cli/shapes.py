@@ -27,6 +27,9 @@ SHAPES: dict[str, AttentionShape] = {
     "Wan2.2_5B": AttentionShape(30, 24, 128),
     "CogVideo_5b": AttentionShape(42, 48, 64),
     "CogVideo1.5_5b": AttentionShape(42, 48, 64),
+    "HunyuanVideo": AttentionShape(60, 24, 128),
+    "LTX-Video": AttentionShape(28, 32, 64),
+    "Mochi": AttentionShape(48, 24, 128),
 }
 """By the model's name in psa_config."""
 

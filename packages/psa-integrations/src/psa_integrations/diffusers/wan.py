@@ -3,7 +3,7 @@
 from typing import Any
 
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from torch import Tensor, nn, stack
+from torch import Tensor, addcmul, empty_like, nn
 from torch.utils.hooks import RemovableHandle
 
 from psa_integrations.diffusers.adapter import (
@@ -115,4 +115,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    out = empty_like(x)
+    out[..., 0::2] = addcmul(even * cos, odd, sin, value=-1)
+    out[..., 1::2] = addcmul(even * sin, odd, cos)
+    return out
