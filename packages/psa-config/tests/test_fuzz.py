@@ -138,6 +138,14 @@ def ratios() -> st.SearchStrategy[dict[str, list[float]]]:
     return ends.map(lambda e: dict(zip("1248", map(list, zip([0.0, *e], e, strict=False)), strict=True)))
 
 
+def of_one_mode(values: dict[str, Any]) -> dict[str, Any]:
+    """With what the mask mode needs and without what it refuses; nearly every draw breaks one of these rules."""
+    budget = values["mask_mode"] == "budget"
+    needed: dict[str, Any] = {"density": 0.2} if budget else {"mask_ratios": {"1": [0.0, 0.5]}}
+    others = ("mask_ratios",) if budget else ("density", "budget_per")
+    return {name: value for name, value in (needed | values).items() if name not in others}
+
+
 def of_schema(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     """Values of a part of the schema, now and then another in its place."""
     if "$ref" in schema:
@@ -158,10 +166,11 @@ def by_type(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         case "object" if "properties" in schema:
             parts = {name: of_schema(part) for name, part in schema["properties"].items()}
             required = set(schema.get("required", ()))
-            return st.fixed_dictionaries(
+            made = st.fixed_dictionaries(
                 {name: part for name, part in parts.items() if name in required},
                 optional={name: part for name, part in parts.items() if name not in required},
             )
+            return made.map(of_one_mode) | made if "mask_mode" in parts else made
         case "object":
             names = st.sampled_from(["a", "psa_balanced", "1.0", "<", "true", "日本"])
             return st.dictionaries(names, of_schema(schema["additionalProperties"]), min_size=1, max_size=3)
@@ -183,12 +192,7 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
     """A file of the schema: one or two models, shipped ones among them."""
     names = draw(st.lists(st.sampled_from(["tiny-wan", "CogVideo_5b", "mine"]), min_size=1, max_size=2, unique=True))
     model = SCHEMA["properties"]["tiny-wan"]
-    made = {name: draw(of_schema(model)) for name in names}
-    if draw(st.booleans()):  # else nearly every file breaks the rule of what goes with which mask_mode
-        for attention in (one for values in made.values() for one in values["attention_configs"].values()):
-            for key in ("mask_ratios",) if attention.get("mask_mode") == "budget" else ("density", "budget_per"):
-                attention.pop(key, None)
-    return made
+    return {name: draw(of_schema(model)) for name in names}
 
 
 @tries(80)

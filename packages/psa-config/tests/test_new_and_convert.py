@@ -125,7 +125,7 @@ def test_a_new_file_is_the_shipped_default_with_every_key(model: str, tmp_path: 
     assert all(f"      {name}:" in text for name in set(PyramidSparseAttention.model_fields) - with_budget)
     described = [name for name, field in PyramidSparseAttention.model_fields.items() if field.description]
     lines = text.splitlines()
-    for name in described:
+    for name in set(described) - with_budget:
         at = next(i for i, line in enumerate(lines) if line.startswith(f"      {name}:"))
         assert lines[at - 1].startswith("      #")
 
