@@ -270,7 +270,7 @@ def test_second_derivatives_are_refused(backend):
     levels = torch.ones(1, 2, 1, 1, dtype=torch.int8, device=backend.device)
     out = pyramid_attention(*qkv, levels, block_q=16, block_kv=16, impl=backend.impl)
     (of_query,) = torch.autograd.grad(out.sum(), qkv[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="has first derivatives only.*impl='reference' can"):
+    with pytest.raises(NotImplementedError, match=r"has first derivatives only.*impl='reference' can"):
         of_query.sum().backward()
 
 
