@@ -61,6 +61,11 @@ def counted(kernel, given, options):
     if kernel.fn.__name__ == "_forward_kernel":
         tiles = importlib.import_module("psa_kernels.pyramid_attention.tiles")
         tile = tiles.Tile(given["TILE_M"], given["TILE_N"], options["num_warps"], options["num_stages"])
+    elif kernel.fn.__name__ in ("_query_kernel", "_key_value_kernel"):
+        tiles = importlib.import_module("psa_kernels.pyramid_attention.tiles")
+        sizes = (given["TILE_M"], given["TILE_N"])
+        held, streamed = sizes if kernel.fn.__name__ == "_query_kernel" else sizes[::-1]
+        tile = tiles.BackwardTile(held, streamed, options["num_warps"], options["num_stages"])
     elif kernel.fn.__name__ == "_logits_kernel":
         importance = importlib.import_module("psa_kernels.block_importance.triton_fwd")
         tile = importance._Tile(given["TILE_M"], given["BLOCKS"] * given["PER_BLOCK"], **options)
@@ -96,7 +101,8 @@ def pretend(capability, limit, compiled):
     JITFunction.run = compile_instead(GPUTarget("cuda", capability, 32), limit, compiled)
     attention = importlib.import_module("psa_kernels.pyramid_attention.triton_fwd")
     attention.has_tensor_memory_access = lambda device: capability >= 90
-    for module in (attention, importlib.import_module("psa_kernels.block_importance.triton_fwd")):
+    others = ("pyramid_attention.triton_bwd", "block_importance.triton_fwd")
+    for module in (attention, *(importlib.import_module(f"psa_kernels.{name}") for name in others)):
         module.shared_memory_limit = lambda device: limit
 
 
@@ -118,6 +124,8 @@ def main() -> None:
     operators = ("pyramid_attention", "pyramid_pool", "block_importance", "key_similarity", "level_plan", "rank_levels")
     for module in operators:
         __import__(f"psa_kernels.{module}.triton_fwd", fromlist=["on_device"]).on_device = lambda tensor: nullcontext()
+    backward = importlib.import_module("psa_kernels.pyramid_attention.triton_bwd")
+    backward.on_device = lambda tensor: nullcontext()
     if mode == ["--every"]:
         shapes = product((64, 99, 163, 227), (16, 32, 64, 128, 256), (torch.float16, torch.float32))
         for kib, head_dim, dtype in shapes:
@@ -147,7 +155,11 @@ def main() -> None:
         for row_len, counts in ((50, [1, 5, 5]), (20_000, [9])):
             rank_levels(torch.zeros(2, row_len, dtype=dtype), counts, impl="triton")
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
+        # float32, which no tensor core multiplies, takes long to compile.
+        half = [x.to(torch.bfloat16).requires_grad_() for x in (query, key, value)]
+        pyramid_attention(*half, plan, **blocks, is_causal=is_causal, **options).sum().backward()
     kernels = ("forward", "order", "positions", "logits", "reduce", "plan", "pool", "similarity", "rank")
+    kernels += ("delta", "query", "key_value", "turn", "readers")
     assert compiled == {f"_{name}_kernel" for name in kernels}, compiled
 
 

@@ -90,9 +90,14 @@ class BackwardTile:
     max_head_dim: int = 256
 
     def shared_memory(self, head_dim: int, element_size: int) -> int:
-        """Bytes of shared memory that a program takes at most: two tensors on either side, what is streamed once a
-        stage, and the weights and their gradients on their way to a product."""
+        """Bytes of shared memory that a program takes at most.
+
+        Two tensors on either side, what is streamed once a stage, and the weights and their gradients on their way to a
+        product. Without a pipeline a tile may be laid out twice, once for each product that it enters.
+        """
         rows = 2 * self.held + 2 * self.num_stages * self.streamed
+        if self.num_stages == 1:
+            rows += self.streamed
         return (rows * head_dim + 2 * self.held * self.streamed) * element_size + _BARRIERS_AND_ALIGNMENT
 
 
