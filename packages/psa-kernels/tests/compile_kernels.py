@@ -106,15 +106,18 @@ def pretend(capability, limit, compiled):
         module.shared_memory_limit = lambda device: limit
 
 
-def tiles(dtype, head_dim, block_q, block_kv, is_causal):
+def tiles(dtype, head_dim, block_q, block_kv, is_causal, gradients=False):
     """Attention and importance of one shape."""
     query, key, value = make_qkv(q_len=100, head_dim=head_dim, dtype=dtype)
     blocks = {"block_q": block_q, "block_kv": block_kv, "is_causal": is_causal}
     layout = BlockLayout(100, 100, **blocks)
     plan = LevelPlan.from_levels(random_levels(layout), layout)
-    pyramid_attention(query, key, value, plan, impl="triton", **blocks)
+    qkv = [x.requires_grad_(gradients) for x in (query, key, value)]
+    out = pyramid_attention(*qkv, plan, impl="triton", **blocks)
+    if gradients:
+        out.sum().backward()
     samples = {"samples_q": 16, "samples_kv": 16, "reduction": "mean" if is_causal else "max"}
-    block_importance(query, key, impl="triton", **samples, **blocks)
+    block_importance(query.detach(), key.detach(), impl="triton", **samples, **blocks)
 
 
 def main() -> None:
@@ -131,7 +134,7 @@ def main() -> None:
         for kib, head_dim, dtype in shapes:
             pretend(capability, kib * 1024, compiled)
             for blocks in ((128, 128, False), (32, 128, True), (16, 16, True)):
-                tiles(dtype, head_dim, *blocks)
+                tiles(dtype, head_dim, *blocks, gradients=kib >= 99)  # the least of a GPU that the kernels run on
             print(f"capability {capability}, {kib} KiB: head_dim {head_dim} in {dtype} fits", flush=True)
         return
     pretend(capability, _SHARED_MEMORY[capability] * 1024, compiled)

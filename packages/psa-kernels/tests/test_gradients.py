@@ -39,7 +39,7 @@ CASES = {
     "one query": {"q_len": 1, "kv_len": 129},
     "one key": {"q_len": 70, "kv_len": 1},
     "q longer": {"q_len": 150, "kv_len": 40},
-    "GQA 4": {"heads": 4, "kv_heads": 1, "q_len": 40, "kv_len": 75},
+    "GQA 4": {"heads": 4, "kv_heads": 1, "q_len": 33, "kv_len": 40},
     "GQA 2, batch": {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 40, "kv_len": 75},
     "head_dim 1": {"head_dim": 1, "q_len": 70},
     "head_dim 40": {"head_dim": 40, "q_len": 70},
@@ -54,10 +54,10 @@ CASES = {
         "batch": 2,
         "heads": 4,
         "kv_heads": 2,
-        "q_len": 37,
-        "kv_len": 70,
+        "q_len": 33,
+        "kv_len": 50,
         "is_causal": True,
-        "kv_lengths": (70, 50),
+        "kv_lengths": (50, 40),
     },
     "own scale": {"q_len": 70, "scale": -0.3},
     "two levels": {"q_len": 70, "num_levels": 2},
@@ -66,8 +66,8 @@ CASES = {
 }
 # The interpreter runs what the others do not show, in one precision each: float32 and float16 have tiles of their own.
 INTERPRETED = {
-    torch.float16: ("ragged both", "GQA 2, batch", "head_dim 40", "a sample with no keys", "causal, more keys"),
-    torch.float32: ("one query", "head_dim 250", "causal, GQA, kv_lengths", "own scale", "one level"),
+    torch.float16: ("ragged both", "head_dim 40", "a sample with no keys", "causal, GQA, kv_lengths"),
+    torch.float32: ("one query", "head_dim 250", "GQA 4", "causal, more keys", "own scale"),
 }
 
 
@@ -109,7 +109,7 @@ def test_case_equals_oracle(backend, name):
 @pytest.mark.parametrize("block_kv", [16, 32, 64, 128])
 @pytest.mark.parametrize("block_q", [16, 32, 64, 128])
 def test_every_block_size(backend, block_q, block_kv):
-    if interpreted(backend) and block_q not in (block_kv, 2 * block_kv, 144 - block_kv):
+    if interpreted(backend) and (block_q, block_kv) not in ((16, 16), (16, 128), (128, 16), (64, 64), (128, 128)):
         pytest.skip("too slow to interpret all")
     layout = BlockLayout(70, 150, block_q=block_q, block_kv=block_kv)
     levels = random_levels(layout, heads=1, device=backend.device)
@@ -121,6 +121,8 @@ def test_every_block_size(backend, block_q, block_kv):
 
 @pytest.mark.parametrize("level", range(1, 9))
 def test_one_level_at_tails(backend, level):
+    if interpreted(backend) and level not in (2, 5, 8):
+        pytest.skip("too slow to interpret all")
     for tail in (7,) if interpreted(backend) else (1, 7, 64, 127):
         qkv = make_qkv(heads=1, q_len=16, kv_len=128 + tail, head_dim=16, device=backend.device, seed=tail)
         levels = torch.full((1, 1, 1, 2), level, dtype=torch.int8, device=backend.device)
@@ -230,7 +232,7 @@ def test_values_share_the_gradient_of_their_row(backend):
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides_do_not_matter(backend, view):
-    if interpreted(backend) and view not in ("fused", "expanded", "odd address"):
+    if interpreted(backend) and view not in ("expanded",):
         pytest.skip("too slow to interpret all")
     qkv = make_qkv(q_len=40, kv_len=75, device=backend.device)
     levels = random_levels(BlockLayout(40, 75, block_q=32, block_kv=32), device=backend.device)
@@ -255,10 +257,10 @@ def test_same_bits_twice(backend):
 
 def test_a_plan_takes_the_place_of_levels(backend):
     """And inputs that want no gradient get none."""
-    query, key, value = make_qkv(q_len=50, device=backend.device)
-    layout = BlockLayout(50, 50, block_q=32, block_kv=32)
-    levels = random_levels(layout, device=backend.device)
-    options = {"block_q": 32, "block_kv": 32, "impl": backend.impl}
+    query, key, value = make_qkv(heads=1, q_len=30, device=backend.device)
+    layout = BlockLayout(30, 30, block_q=16, block_kv=16)
+    levels = random_levels(layout, heads=1, device=backend.device)
+    options = {"block_q": 16, "block_kv": 16, "impl": backend.impl}
     results = []
     for what in (levels, LevelPlan.from_levels(levels, layout)):
         key.grad = None
@@ -269,9 +271,9 @@ def test_a_plan_takes_the_place_of_levels(backend):
 
 
 def test_gradients_leave_the_forward_pass_alone(backend):
-    qkv = make_qkv(q_len=70, device=backend.device)
-    levels = random_levels(BlockLayout(70, 70, block_q=32, block_kv=32), device=backend.device)
-    options = {"block_q": 32, "block_kv": 32, "impl": backend.impl}
+    qkv = make_qkv(heads=1, q_len=30, device=backend.device)
+    levels = random_levels(BlockLayout(30, 30, block_q=16, block_kv=16), heads=1, device=backend.device)
+    options = {"block_q": 16, "block_kv": 16, "impl": backend.impl}
     plain = pyramid_attention(*qkv, levels, **options)
     assert plain.grad_fn is None
     assert torch.equal(pyramid_attention(*(x.requires_grad_() for x in qkv), levels, **options), plain)

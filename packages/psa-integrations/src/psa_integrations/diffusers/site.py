@@ -2,13 +2,13 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
@@ -75,6 +75,8 @@ class TransformerSite:
         self._processors: list[tuple[Any, Processor]] = []
         self._hooks: list[RemovableHandle] = []
         self._cache_context: Any = None
+        self._checkpoint: Callable[..., Any] | None = None
+        self._recomputing = False
         self._warned = False
         self._step: int | None = None
         self._current: SparseForward | None = None
@@ -132,6 +134,7 @@ class TransformerSite:
                 attention.set_processor(processor.original)
         if self.transformer.__dict__.get("cache_context") is self._cache_context is not None:
             del self.transformer.__dict__["cache_context"]
+        self._release_checkpoint()
         self._hooks, self._processors, self._cache_context = [], [], None
 
     @property
@@ -148,7 +151,7 @@ class TransformerSite:
             # A dense layer could not follow it either: the mask knows nothing of the token order.
             raise UnsupportedError(f"layer {layer} of {self.name} was given an attention mask in a sparse step")
         sparse = self._current is not None and layer not in self._dense_layers
-        if not sparse:
+        if not sparse and not self._recomputing:
             self._stats.dense((self.name, self._step, layer))
         return sparse
 
@@ -161,13 +164,15 @@ class TransformerSite:
                 f"{forward.grid}, which is what the input of the transformer has, got {query.shape[2]}"
             )
         out, density = sparse_attention(query, key, value, forward.policy, impl=self._impl)
-        self._stats.sparse((self.name, self._step, layer), density)
+        if not self._recomputing:
+            self._stats.sparse((self.name, self._step, layer), density)
         return out
 
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._current = None
+        self._bind_checkpoint(module)
         for attention, processor in self._processors:
             if attention.processor is not processor:
                 raise RuntimeError(
@@ -202,6 +207,38 @@ class TransformerSite:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._current = None
+        self._release_checkpoint()
+
+    def _bind_checkpoint(self, module: Any) -> None:
+        """For the forward that begins, has gradient checkpointing compute blocks anew as they were computed in it.
+
+        That happens in the backward pass, when no forward is under way, or another one was since.
+        """
+        self._release_checkpoint()
+        if not (getattr(module, "gradient_checkpointing", False) and is_grad_enabled()):
+            return
+        original = self._checkpoint = module._gradient_checkpointing_func
+
+        def checkpoint(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            current, step, first = self._current, self._step, True
+
+            def run(*inputs: Any, **options: Any) -> Any:
+                nonlocal first
+                before = self._current, self._step, self._recomputing
+                self._current, self._step, self._recomputing, first = current, step, not first, False
+                try:
+                    return block(*inputs, **options)
+                finally:
+                    self._current, self._step, self._recomputing = before
+
+            return original(run, *args, **kwargs)
+
+        module._gradient_checkpointing_func = checkpoint
+
+    def _release_checkpoint(self) -> None:
+        if self._checkpoint is not None:
+            self.transformer._gradient_checkpointing_func = self._checkpoint
+            self._checkpoint = None
 
     def _forward(self, grid: VideoGrid) -> SparseForward:
         assert self._sparse is not None
