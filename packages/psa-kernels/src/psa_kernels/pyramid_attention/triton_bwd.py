@@ -2,8 +2,8 @@
 
 Both recompute the weights of a tile from the log-sum-exp, and nothing is added up but in the registers of one program.
 The rows of a level lie side by side, so a program for keys and values takes a tile of them: part of a block, or
-several blocks, of which each query block then reads some. Levels 2 and up come first and leave float32 gradients of
-their rows, divided by the tokens of each; the program of a tile of tokens adds those of its rows to its own.
+several blocks, of which each query block then reads some. Levels 2 and up come first and leave what each token of a row
+gets, in float32; the program of a tile of tokens adds that of its rows to its own.
 """
 
 import torch
@@ -174,12 +174,16 @@ def _query_kernel(
 
 @triton.jit
 def _add_to_rows(
-    grad_key, grad_value, key, value, bias, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr, query_strides,
+    grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr, query_strides,
     grad_out_strides, head, token, exists, q_len, shift, reads, scale_log2, dim,
     HEAD_DIM: tl.constexpr, SMALL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what a tile of queries [TILE_M] gives to the gradients of the rows [TILE_N, DIM], that of keys before the
-    scale. ``head`` is one number or [TILE_M], and ``reads`` [TILE_N, 1 or TILE_M] which queries read which rows."""
+    """Add what a tile of queries [TILE_M] gives to the gradients of the rows [TILE_N, DIM], divided by the tokens that
+    each stands for, that of keys before the scale.
+
+    The bias makes a row weigh as much as its tokens, so without it the weight is that of one token. ``head`` is one
+    number or [TILE_M], and ``reads`` [TILE_N, 1 or TILE_M] which queries read which rows.
+    """
     mask = exists[:, None] & (dim < HEAD_DIM)[None, :]
     place = token.to(tl.int64)[:, None]
     wide = dim.to(tl.int64)[None, :]
@@ -191,8 +195,8 @@ def _add_to_rows(
     statistics = of_head * q_len + token
     log2_sum = tl.load(log2_sum_ptr + statistics, mask=exists, other=float("inf"))  # [TILE_M]
     delta = tl.load(delta_ptr + statistics, mask=exists, other=0.0)
-    logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2 + bias[:, None]  # [TILE_N, TILE_M]
-    weights = tl.exp2(logits - log2_sum[None, :])
+    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [TILE_N, TILE_M]
+    weights = tl.exp2(scores * scale_log2 - log2_sum[None, :])
     if SMALL:
         weights = tl.where(reads, weights, 0.0)
     if MASKED:
@@ -207,7 +211,7 @@ def _add_to_rows(
 
 @triton.jit
 def _through_readers(
-    grad_key, grad_value, key, value, bias, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr, query_strides,
+    grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr, query_strides,
     grad_out_strides, list_ptr, first, last, level_map_ptr, level, kv_head, group, q_len, shift, num_q_blocks,
     num_kv_blocks, scale_log2, dim,
     BLOCK_Q: tl.constexpr, LOG2_BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr,
@@ -228,7 +232,7 @@ def _through_readers(
             # Read one iteration ahead, so that no tile waits for its number.
             reader = tl.load(list_ptr + tl.minimum((n + 1) // TILES, last - 1))
             grad_key, grad_value = _add_to_rows(
-                grad_key, grad_value, key, value, bias, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr,
+                grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr,
                 query_strides, grad_out_strides, head, token, token < q_len, q_len, shift, reads, scale_log2, dim,
                 HEAD_DIM, SMALL, MASKED, PRECISION,
             )  # fmt: skip
@@ -244,7 +248,7 @@ def _through_readers(
                 place = level_map_ptr + block.to(tl.int64)[:, None] * (group * num_q_blocks) + readers[None, :]
                 reads = tl.load(place, mask=reads, other=0) == level  # [TILE_N, TILE_M]
             grad_key, grad_value = _add_to_rows(
-                grad_key, grad_value, key, value, bias, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr,
+                grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr,
                 query_strides, grad_out_strides, kv_head * group + readers // num_q_blocks, token,
                 listed & (token < q_len), q_len, shift, reads, scale_log2, dim, HEAD_DIM, SMALL, MASKED, PRECISION,
             )  # fmt: skip
@@ -316,10 +320,9 @@ def _key_value_kernel(
     mask = (count > 0)[:, None] & (dim < HEAD_DIM)[None, :]
     key = _load_rows(_sequence(key_ptr, key_strides, batch, kv_head), key_strides, level_start + row, dim, mask)
     value = _load_rows(_sequence(value_ptr, value_strides, batch, kv_head), value_strides, level_start + row, dim, mask)
-    bias = tl.log2(tl.maximum(count, 1).to(tl.float32))
     queries = batch.to(tl.int64) * num_heads * q_len
     grad_key, grad_value = _through_readers(
-        tl.zeros([TILE_N, DIM_TILE], tl.float32), tl.zeros([TILE_N, DIM_TILE], tl.float32), key, value, bias, row,
+        tl.zeros([TILE_N, DIM_TILE], tl.float32), tl.zeros([TILE_N, DIM_TILE], tl.float32), key, value, row,
         query_ptr + batch.to(tl.int64) * query_strides[0], grad_out_ptr + batch.to(tl.int64) * grad_out_strides[0],
         log2_sum_ptr + queries, delta_ptr + queries, query_strides, grad_out_strides, lists_ptr, first, last,
         level_map_ptr, level, kv_head, group, q_len, kv_len - q_len, num_q_blocks, num_kv_blocks, scale_log2, dim,
@@ -339,11 +342,10 @@ def _key_value_kernel(
         tl.store(grad_value_ptr + offset, tl.where(mask, grad_value, 0.0).to(key.dtype), mask=kept)
     else:
         # Only rows of a token or more are read again.
-        tokens = tl.maximum(count, 1).to(tl.float32)[:, None]
         offset = (level_start + row).to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(row_grads_ptr + offset, grad_key / tokens, mask=mask)
+        tl.store(row_grads_ptr + offset, grad_key, mask=mask)
         row_grads_ptr += sequences * pooled_rows * HEAD_DIM
-        tl.store(row_grads_ptr + offset, grad_value / tokens, mask=mask)
+        tl.store(row_grads_ptr + offset, grad_value, mask=mask)
 
 
 def _key_value_gradients(
