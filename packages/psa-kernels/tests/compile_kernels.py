@@ -99,11 +99,10 @@ def compile_instead(target, limit, compiled):
 def pretend(capability, limit, compiled):
     """The operators find a GPU of ``capability`` on which a program may have ``limit`` bytes of shared memory."""
     JITFunction.run = compile_instead(GPUTarget("cuda", capability, 32), limit, compiled)
-    attention = importlib.import_module("psa_kernels.pyramid_attention.triton_fwd")
-    attention.has_tensor_memory_access = lambda device: capability >= 90
-    others = ("pyramid_attention.triton_bwd", "block_importance.triton_fwd")
-    for module in (attention, *(importlib.import_module(f"psa_kernels.{name}") for name in others)):
+    for name in ("pyramid_attention.triton_fwd", "pyramid_attention.triton_bwd", "block_importance.triton_fwd"):
+        module = importlib.import_module(f"psa_kernels.{name}")
         module.shared_memory_limit = lambda device: limit
+        module.has_tensor_memory_access = lambda device: capability >= 90
 
 
 def tiles(dtype, head_dim, block_q, block_kv, is_causal, gradients=False):
@@ -115,7 +114,7 @@ def tiles(dtype, head_dim, block_q, block_kv, is_causal, gradients=False):
     qkv = [x.requires_grad_(gradients) for x in (query, key, value)]
     out = pyramid_attention(*qkv, plan, impl="triton", **blocks)
     if gradients:
-        out.sum().backward()
+        out.backward(torch.ones_like(out))
     samples = {"samples_q": 16, "samples_kv": 16, "reduction": "mean" if is_causal else "max"}
     block_importance(query.detach(), key.detach(), impl="triton", **samples, **blocks)
 
@@ -160,7 +159,8 @@ def main() -> None:
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
         # float32, which no tensor core multiplies, takes long to compile.
         half = [x.to(torch.bfloat16).requires_grad_() for x in (query, key, value)]
-        pyramid_attention(*half, plan, **blocks, is_causal=is_causal, **options).sum().backward()
+        out = pyramid_attention(*half, plan, **blocks, is_causal=is_causal, **options)
+        out.backward(torch.ones_like(out))
     kernels = ("forward", "order", "positions", "logits", "reduce", "plan", "pool", "similarity", "rank")
     kernels += ("delta", "query", "key_value", "turn", "readers")
     assert compiled == {f"_{name}_kernel" for name in kernels}, compiled

@@ -10,14 +10,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from psa_kernels.level_plan.triton_fwd import forward as sort_levels
 from psa_kernels.pyramid_attention.tiles import BackwardTile, choose_backward_tiles
-from psa_kernels.pyramid_attention.triton_fwd import _level_rows, _load_rows, _place, _query_rows, _sequence
+from psa_kernels.pyramid_attention.triton_fwd import (
+    _descriptor,
+    _level_rows,
+    _load_rows,
+    _place,
+    _query_rows,
+    _sequence,
+)
 from psa_kernels.pyramid_attention.triton_order import heavy_first
 from psa_kernels.pyramid_attention.triton_readers import count_tiles, level_of_tile, readers_of_tiles, turn
 from psa_kernels.pyramid_pool.triton_fwd import pool_keys_and_values
-from psa_kernels.triton_device import on_device, shared_memory_limit
+from psa_kernels.triton_device import has_tensor_memory_access, on_device, shared_memory_limit
 
 _LOG2_E = 1.4426950408889634
 _DELTA_ROWS = 32
@@ -173,26 +181,36 @@ def _query_kernel(
 
 
 @triton.jit
+def _load_queries(ptr, tma, strides, batch, head, first, token, exists, dim, HEAD_DIM: tl.constexpr):
+    """A tile [TILE_M, DIM] of queries or of their output's gradients, zero where none exist.
+
+    By pointer each of ``token`` [TILE_M] of ``head``, one number or [TILE_M]; by descriptor the run from ``first`` on.
+    """
+    if tma is None:
+        row = head.to(tl.int64) * strides[1] + token.to(tl.int64) * strides[2]  # [TILE_M]
+        offset = row[:, None] + dim.to(tl.int64)[None, :] * strides[3]
+        tile = tl.load(ptr + offset, mask=exists[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.reshape(tma.load([batch, head, first, 0]), (token.shape[0], dim.shape[0]))
+    return tile
+
+
+@triton.jit
 def _add_to_rows(
-    grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr, query_strides,
-    grad_out_strides, head, token, exists, q_len, shift, reads, scale_log2, dim,
+    grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, query_tma, grad_out_tma, log2_sum_ptr, delta_ptr,
+    query_strides, grad_out_strides, batch, head, first_token, token, exists, q_len, shift, reads, scale_log2, dim,
     HEAD_DIM: tl.constexpr, SMALL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what a tile of queries [TILE_M] gives to the gradients of the rows [TILE_N, DIM], divided by the tokens that
-    each stands for, that of keys before the scale.
+    """Add what a tile of queries gives to the gradients of the rows [TILE_N, DIM], divided by the tokens that each
+    stands for, that of keys before the scale.
 
-    The bias makes a row weigh as much as its tokens, so without it the weight is that of one token. ``head`` is one
-    number or [TILE_M], and ``reads`` [TILE_N, 1 or TILE_M] which queries read which rows.
+    The bias makes a row weigh as much as its tokens, so without it the weight is that of one token. The queries are as
+    in :func:`_load_queries`, and ``reads`` [TILE_N, 1 or TILE_M] says which read which rows.
     """
-    mask = exists[:, None] & (dim < HEAD_DIM)[None, :]
-    place = token.to(tl.int64)[:, None]
-    wide = dim.to(tl.int64)[None, :]
-    of_head = head.to(tl.int64) + tl.zeros_like(token)
-    offset = of_head[:, None] * query_strides[1] + place * query_strides[2] + wide * query_strides[3]
-    query = tl.load(query_ptr + offset, mask=mask, other=0.0)  # [TILE_M, DIM]
-    offset = of_head[:, None] * grad_out_strides[1] + place * grad_out_strides[2] + wide * grad_out_strides[3]
-    grad_out = tl.load(grad_out_ptr + offset, mask=mask, other=0.0)
-    statistics = of_head * q_len + token
+    query = _load_queries(
+        query_ptr, query_tma, query_strides, batch, head, first_token, token, exists, dim, HEAD_DIM
+    )  # fmt: skip
+    statistics = head.to(tl.int64) * q_len + token
     log2_sum = tl.load(log2_sum_ptr + statistics, mask=exists, other=float("inf"))  # [TILE_M]
     delta = tl.load(delta_ptr + statistics, mask=exists, other=0.0)
     scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [TILE_N, TILE_M]
@@ -201,6 +219,9 @@ def _add_to_rows(
         weights = tl.where(reads, weights, 0.0)
     if MASKED:
         weights = tl.where(row[:, None] <= (token + shift)[None, :], weights, 0.0)
+    grad_out = _load_queries(
+        grad_out_ptr, grad_out_tma, grad_out_strides, batch, head, first_token, token, exists, dim, HEAD_DIM
+    )  # fmt: skip
     grad_value = tl.dot(weights.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION)
     grad_logits = weights * (tl.dot(value, tl.trans(grad_out), input_precision=PRECISION) - delta[None, :])
     if SMALL:  # a row that is not read may hold what is no number
@@ -211,9 +232,9 @@ def _add_to_rows(
 
 @triton.jit
 def _through_readers(
-    grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr, query_strides,
-    grad_out_strides, list_ptr, first, last, level_map_ptr, level, kv_head, group, q_len, shift, num_q_blocks,
-    num_kv_blocks, scale_log2, dim,
+    grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, query_tma, grad_out_tma, log2_sum_ptr, delta_ptr,
+    query_strides, grad_out_strides, list_ptr, first, last, level_map_ptr, level, batch, kv_head, group, q_len, shift,
+    num_q_blocks, num_kv_blocks, scale_log2, dim,
     BLOCK_Q: tl.constexpr, LOG2_BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr,
     SMALL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -224,7 +245,8 @@ def _through_readers(
         block = row >> (LOG2_BLOCK_KV + 1 - level)
         for n in range(first * TILES, last * TILES):
             head = kv_head * group + reader // num_q_blocks
-            token = reader % num_q_blocks * BLOCK_Q + n % TILES * TILE_M + tl.arange(0, TILE_M)
+            first_token = reader % num_q_blocks * BLOCK_Q + n % TILES * TILE_M
+            token = first_token + tl.arange(0, TILE_M)
             reads = (block < num_kv_blocks)[:, None]
             if SMALL:
                 place = level_map_ptr + block.to(tl.int64) * (group * num_q_blocks) + reader
@@ -232,9 +254,9 @@ def _through_readers(
             # Read one iteration ahead, so that no tile waits for its number.
             reader = tl.load(list_ptr + tl.minimum((n + 1) // TILES, last - 1))
             grad_key, grad_value = _add_to_rows(
-                grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr,
-                query_strides, grad_out_strides, head, token, token < q_len, q_len, shift, reads, scale_log2, dim,
-                HEAD_DIM, SMALL, MASKED, PRECISION,
+                grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, query_tma, grad_out_tma, log2_sum_ptr,
+                delta_ptr, query_strides, grad_out_strides, batch, head, first_token, token, token < q_len, q_len,
+                shift, reads, scale_log2, dim, HEAD_DIM, SMALL, MASKED, PRECISION,
             )  # fmt: skip
     else:
         block = row >> (LOG2_BLOCK_KV + 1 - level)
@@ -248,8 +270,8 @@ def _through_readers(
                 place = level_map_ptr + block.to(tl.int64)[:, None] * (group * num_q_blocks) + readers[None, :]
                 reads = tl.load(place, mask=reads, other=0) == level  # [TILE_N, TILE_M]
             grad_key, grad_value = _add_to_rows(
-                grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr,
-                query_strides, grad_out_strides, kv_head * group + readers // num_q_blocks, token,
+                grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, None, None, log2_sum_ptr,
+                delta_ptr, query_strides, grad_out_strides, batch, kv_head * group + readers // num_q_blocks, 0, token,
                 listed & (token < q_len), q_len, shift, reads, scale_log2, dim, HEAD_DIM, SMALL, MASKED, PRECISION,
             )  # fmt: skip
     return grad_key, grad_value
@@ -273,8 +295,8 @@ def _add_coarser(grad, rows_ptr, token, mask, kv_len, dim, NUM_LEVELS: tl.conste
     ]
 )  # fmt: skip
 def _key_value_kernel(
-    query_ptr, key_ptr, value_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr, lists_ptr, ends_ptr, level_map_ptr,
-    kv_lengths_ptr, row_grads_ptr, grad_key_ptr, grad_value_ptr,
+    query_ptr, key_ptr, value_ptr, grad_out_ptr, query_tma, grad_out_tma, log2_sum_ptr, delta_ptr, lists_ptr, ends_ptr,
+    level_map_ptr, kv_lengths_ptr, row_grads_ptr, grad_key_ptr, grad_value_ptr,
     query_strides, key_strides, value_strides, grad_out_strides,
     num_heads, group, q_len, kv_len, num_q_blocks, num_kv_blocks, pooled_rows, num_tiles, first_level, scale,
     scale_log2,
@@ -320,12 +342,13 @@ def _key_value_kernel(
     mask = (count > 0)[:, None] & (dim < HEAD_DIM)[None, :]
     key = _load_rows(_sequence(key_ptr, key_strides, batch, kv_head), key_strides, level_start + row, dim, mask)
     value = _load_rows(_sequence(value_ptr, value_strides, batch, kv_head), value_strides, level_start + row, dim, mask)
-    queries = batch.to(tl.int64) * num_heads * q_len
+    batch_queries = batch.to(tl.int64) * num_heads * q_len
     grad_key, grad_value = _through_readers(
         tl.zeros([TILE_N, DIM_TILE], tl.float32), tl.zeros([TILE_N, DIM_TILE], tl.float32), key, value, row,
         query_ptr + batch.to(tl.int64) * query_strides[0], grad_out_ptr + batch.to(tl.int64) * grad_out_strides[0],
-        log2_sum_ptr + queries, delta_ptr + queries, query_strides, grad_out_strides, lists_ptr, first, last,
-        level_map_ptr, level, kv_head, group, q_len, kv_len - q_len, num_q_blocks, num_kv_blocks, scale_log2, dim,
+        query_tma, grad_out_tma, log2_sum_ptr + batch_queries, delta_ptr + batch_queries, query_strides,
+        grad_out_strides, lists_ptr, first, last, level_map_ptr, level, batch, kv_head, group, q_len, kv_len - q_len,
+        num_q_blocks, num_kv_blocks, scale_log2, dim,
         BLOCK_Q, LOG2_BLOCK_KV, HEAD_DIM, TILE_M, SMALL, MASKED, PRECISION,
     )  # fmt: skip
     grad_key *= scale
@@ -374,6 +397,11 @@ def _key_value_gradients(
     row_grads = torch.empty(pooled.shape, dtype=torch.float32, device=query.device)
     turned = turn(indices, offsets, num_kv_heads)
     large_levels = min(num_levels, (block_kv // tile.held).bit_length())
+    by_descriptor: list[TensorDescriptor | None] = [None, None]
+    if tile.streamed <= block_q and has_tensor_memory_access(query.device):
+        found = [_descriptor(x, tile.streamed, _dim_tile(head_dim)) for x in (query, grad_out)]
+        if None not in found:  # the loop reads both by descriptor or none
+            by_descriptor = found
     block_lists = sort_levels(turned, num_levels) if large_levels else None
 
     def launch(first_level: int, last_level: int) -> None:
@@ -389,7 +417,8 @@ def _key_value_gradients(
         rows = (key, value) if tokens else (pooled[0], pooled[1])
         num_tiles = count_tiles(num_kv_blocks, first_level, last_level, block_kv, tile.held)
         _key_value_kernel[(batch * num_kv_heads * num_tiles,)](
-            query, *rows, grad_out, log2_sum, delta, lists, ends, turned, kv_lengths, row_grads, grad_key, grad_value,
+            query, *rows, grad_out, *by_descriptor, log2_sum, delta, lists, ends, turned, kv_lengths, row_grads,
+            grad_key, grad_value,
             query.stride(), rows[0].stride(), rows[1].stride(), grad_out.stride(),
             heads, heads // num_kv_heads, q_len, kv_len, num_q_blocks, num_kv_blocks, pooled.shape[3], num_tiles,
             first_level, scale, scale * _LOG2_E,
