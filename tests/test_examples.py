@@ -1,6 +1,9 @@
 """The examples run in their tiny form."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,3 +27,22 @@ def test_qwen2_5_vl(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         example.main([])
     assert "a video is needed, or --tiny" in capsys.readouterr().err
+
+
+def test_fine_tuning_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "finetune_tiny_wan.py"), "--smoke", "--device", "cpu", "--out"]
+    lines = []
+    for more in (["--max-steps", "20"], ["--max-steps", "40", "--resume"]):
+        run = subprocess.run([*command, str(tmp_path), *more], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        lines.append([json.loads(line) for line in run.stdout.splitlines()])
+    first, second = lines
+    assert first[:2] == second[:2]
+    assert [x["what"] for x in second[:2]] == ["dense, as shipped", "sparse, training-free"]
+    assert first[-1]["what"] == "sparse, after 20 steps"
+    assert second[-1]["what"] == "sparse, after 40 steps"
+    assert second[0]["density"] == 1.0
+    assert second[-1]["density"] == second[1]["density"] < 0.6
+    assert second[-1]["val_low"] < second[1]["val_low"]
+    assert second[-1]["val_high"] < second[1]["val_high"]
+    assert (tmp_path / "weights" / "transformer").is_dir()

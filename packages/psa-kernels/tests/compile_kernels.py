@@ -62,6 +62,11 @@ def counted(kernel, given, options):
     if kernel.fn.__name__ == "_forward_kernel":
         tiles = importlib.import_module("psa_kernels.pyramid_attention.tiles")
         tile = tiles.Tile(given["TILE_M"], given["TILE_N"], options["num_warps"], options["num_stages"])
+    elif kernel.fn.__name__ in ("_query_kernel", "_key_value_kernel"):
+        tiles = importlib.import_module("psa_kernels.pyramid_attention.tiles")
+        sizes = (given["TILE_M"], given["TILE_N"])
+        held, streamed = sizes if kernel.fn.__name__ == "_query_kernel" else sizes[::-1]
+        tile = tiles.BackwardTile(held, streamed, options["num_warps"], options["num_stages"])
     elif kernel.fn.__name__ == "_logits_kernel":
         importance = importlib.import_module("psa_kernels.block_importance.triton_fwd")
         tile = importance._Tile(given["TILE_M"], given["BLOCKS"] * given["PER_BLOCK"], **options)
@@ -98,24 +103,28 @@ def compile_instead(target, limit, compiled):
 def pretend(capability, limit, compiled):
     """The operators find a GPU of ``capability`` on which a program may have ``limit`` bytes of shared memory."""
     JITFunction.run = compile_instead(GPUTarget("cuda", capability, 32), limit, compiled)
-    attention = importlib.import_module("psa_kernels.pyramid_attention.triton_fwd")
-    attention.has_tensor_memory_access = lambda device: capability >= 90
-    importance = ("block_importance", "block_importance.antidiagonal")
-    for module in (attention, *(importlib.import_module(f"psa_kernels.{name}.triton_fwd") for name in importance)):
+    names = ("pyramid_attention.triton_fwd", "pyramid_attention.triton_bwd")
+    names += ("block_importance.triton_fwd", "block_importance.antidiagonal.triton_fwd")
+    for module in (importlib.import_module(f"psa_kernels.{name}") for name in names):
         module.shared_memory_limit = lambda device: limit
+        module.has_tensor_memory_access = lambda device: capability >= 90
 
 
-def tiles(dtype, head_dim, block_q, block_kv, is_causal):
+def tiles(dtype, head_dim, block_q, block_kv, is_causal, gradients=False):
     """Attention and importance of one shape."""
     query, key, value = make_qkv(q_len=100, head_dim=head_dim, dtype=dtype)
     blocks = {"block_q": block_q, "block_kv": block_kv, "is_causal": is_causal}
     layout = BlockLayout(100, 100, **blocks)
     plan = LevelPlan.from_levels(random_levels(layout), layout)
-    pyramid_attention(query, key, value, plan, impl="triton", **blocks)
+    qkv = [x.requires_grad_(gradients) for x in (query, key, value)]
+    out = pyramid_attention(*qkv, plan, impl="triton", **blocks)
+    if gradients:
+        out.backward(torch.ones_like(out))
     samples = {"samples_q": 16, "samples_kv": 16, "reduction": "mean" if is_causal else "max"}
+    query, key = query.detach(), key.detach()
     block_importance(query, key, impl="triton", **samples, **blocks)
     groups = {"samples_q": block_q // 8, "samples_kv": block_kv // 8, "method": "antidiagonal"}
-    block_importance(query, key, impl="triton", **samples | groups, **blocks)
+    block_importance(query, key, impl="triton", **groups, **blocks)
 
 
 def main() -> None:
@@ -126,12 +135,14 @@ def main() -> None:
     operators += ("kmeans", "block_importance.antidiagonal")
     for module in operators:
         __import__(f"psa_kernels.{module}.triton_fwd", fromlist=["on_device"]).on_device = lambda tensor: nullcontext()
+    backward = importlib.import_module("psa_kernels.pyramid_attention.triton_bwd")
+    backward.on_device = lambda tensor: nullcontext()
     if mode == ["--every"]:
         shapes = product((64, 99, 163, 227), (16, 32, 64, 128, 256), (torch.float16, torch.float32))
         for kib, head_dim, dtype in shapes:
             pretend(capability, kib * 1024, compiled)
             for blocks in ((128, 128, False), (32, 128, True), (16, 16, True)):
-                tiles(dtype, head_dim, *blocks)
+                tiles(dtype, head_dim, *blocks, gradients=kib >= 99)  # the least of a GPU that the kernels run on
             print(f"capability {capability}, {kib} KiB: head_dim {head_dim} in {dtype} fits", flush=True)
         return
     pretend(capability, _SHARED_MEMORY[capability] * 1024, compiled)
@@ -159,21 +170,12 @@ def main() -> None:
         for row_len, counts in ((50, [1, 5, 5]), (20_000, [9])):
             rank_levels(torch.zeros(2, row_len, dtype=dtype), counts, impl="triton")
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
-    kernels = (
-        "forward",
-        "order",
-        "positions",
-        "logits",
-        "reduce",
-        "groups",
-        "scores",
-        "plan",
-        "pool",
-        "similarity",
-        "rank",
-        "assign",
-        "mean",
-    )
+        # float32, which no tensor core multiplies, takes long to compile.
+        half = [x.to(torch.bfloat16).requires_grad_() for x in (query, key, value)]
+        out = pyramid_attention(*half, plan, **blocks, is_causal=is_causal, **options)
+        out.backward(torch.ones_like(out))
+    kernels = ("forward", "order", "positions", "logits", "reduce", "groups", "scores", "plan", "pool", "similarity")
+    kernels += ("rank", "assign", "mean", "delta", "query", "key_value", "turn", "readers")
     assert compiled == {f"_{name}_kernel" for name in kernels}, compiled
 
 

@@ -57,7 +57,7 @@ def watch():
     """Counts launches by kernel. Returns the counter and the names of all kernels."""
     launches, names = Counter(), set()
     for module in pkgutil.walk_packages(psa_kernels.__path__, "psa_kernels."):
-        if module.name.rpartition(".")[2] in ("triton_fwd", "triton_order"):
+        if module.name.rpartition(".")[2].startswith("triton_"):
             for name, kernel in vars(importlib.import_module(module.name)).items():
                 if name.endswith("_kernel") and name not in names:
                     names.add(name)
@@ -103,7 +103,11 @@ def run_all(view, dtype, q_len, kv_len, head_dim, block_q, block_kv, is_causal, 
     results.append(rank_levels(results[-1], counts, impl="triton"))
     levels = random_levels(layout, batch=2, heads=4, device=DEVICE)
     plan = LevelPlan.from_levels(levels, layout, impl="triton")
-    results += pyramid_attention(query, key, value, plan, return_lse=True, **blocks, **options)
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    attended = pyramid_attention(*inputs, plan, return_lse=True, **blocks, **options)
+    results += [x.detach() for x in attended]
+    # Of a sum, so that what comes in for out is one number, expanded.
+    results += torch.autograd.grad(attended[0].sum() + attended[1].nan_to_num(neginf=0).sum(), inputs)
     assert not any(x.isnan().any() for x in results)
 
 

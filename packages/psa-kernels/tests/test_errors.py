@@ -58,7 +58,6 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (TypeError, "kv_lengths must be int32 or int64", lambda: attend(kv_lengths=torch.ones(1))),
         (ValueError, r"kv_lengths must have shape \[1\]", lambda: attend(kv_lengths=torch.tensor([1, 2]))),
         (ValueError, "impl must be one of 'triton', 'torch', 'reference', got 'cuda'", lambda: attend(impl="cuda")),
-        (ValueError, "pyramid_attention has no backward pass", lambda: attend(query=WANTS_GRAD)),
         (ValueError, "pool_pyramid has no backward pass", lambda: pool_pyramid(WANTS_GRAD, block_kv=32, num_levels=2)),
         (ValueError, "num_levels must be at most", lambda: pool_pyramid(K, block_kv=32, num_levels=7)),
         (ValueError, "power of two", lambda: key_similarity(K, block_kv=33, num_levels=2)),

@@ -150,6 +150,63 @@ def test_a_graph_replays():
     assert not torch.equal(out, expected)
 
 
+def test_gradients_wait_for_nothing_and_replay_in_a_graph():
+    options = {"is_causal": True, "return_lse": True, **BLOCKS}
+
+    def gradients(query, key, value, grad_out):
+        plan = LevelPlan.from_levels(levels, BlockLayout(300, 300, is_causal=True, **BLOCKS))
+        out, lse = pyramid_attention(query, key, value, plan, kv_lengths=kv_lengths, **options)
+        return torch.autograd.grad((out, lse), (query, key, value), (grad_out, grad_out[..., 0].float()))
+
+    def inputs(seed):
+        tensors = (*make_qkv(heads=4, kv_heads=2, q_len=300, seed=seed), make_qkv(heads=4, q_len=300, seed=9)[0])
+        return [x.to("cuda", torch.bfloat16).requires_grad_(n < 3) for n, x in enumerate(tensors)]
+
+    levels = random_levels(BlockLayout(300, 300, **BLOCKS), heads=4, device="cuda")
+    kv_lengths = torch.tensor([299], device="cuda")
+    static = inputs(0)
+    first = gradients(*static)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = gradients(*static)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(*static)
+    other = inputs(1)
+    with torch.no_grad():
+        for x, y in zip(static, other, strict=True):
+            x.copy_(y)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(*other), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+def test_gradients_past_two_to_the_31():
+    """The last head of views whose offsets overflow 32 bits, beside the same head on its own."""
+    length, heads = 70_000, 90
+    fused = torch.empty(1, length, 3, heads, 128, dtype=torch.bfloat16, device="cuda")
+    assert fused.numel() > 2**31
+    small = make_qkv(heads=1, q_len=length, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    views = [x.transpose(1, 2)[:, -2:] for x in fused.unbind(2)]
+    for view, x in zip(views, small, strict=True):
+        view.copy_(x.expand_as(view))
+    layout = BlockLayout(length, length, num_levels=4)
+    levels = random_levels(layout, heads=1, device="cuda").masked_fill_(
+        torch.rand(layout.num_q_blocks, layout.num_kv_blocks, device="cuda") < 0.9, 0
+    )
+    results = []
+    for tensors, map_of_heads in ((views, levels.expand(1, 2, -1, -1)), (small, levels)):
+        inputs = [x.detach().requires_grad_() for x in tensors]
+        out = pyramid_attention(*inputs, map_of_heads, num_levels=4)
+        grad_out = small[0].expand_as(out).contiguous()
+        results.append([x[:, -1:] for x in torch.autograd.grad(out, inputs, grad_out)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(x.isfinite().all() for x in results[0])
+
+
 def test_another_stream():
     qkv = make_qkv(q_len=300, dtype=torch.float16, device="cuda")
     expected = pipeline(*qkv)

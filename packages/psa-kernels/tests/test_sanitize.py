@@ -16,3 +16,4 @@ def test_every_kernel_is_launched():
     assert run.returncode == 0, run.stderr
     launches = dict(line.split(": ") for line in run.stdout.splitlines())
     assert launches.keys() >= {"_forward_kernel", "_logits_kernel", "_reduce_kernel", "_plan_kernel", "_pool_kernel"}
+    assert launches.keys() >= {"_delta_kernel", "_query_kernel", "_key_value_kernel", "_turn_kernel", "_readers_kernel"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from psa_kernels import BlockLayout, block_importance, pyramid_attention
-from psa_kernels.pyramid_attention.tiles import choose_tile
+from psa_kernels.pyramid_attention.tiles import choose_backward_tiles, choose_tile
 from psa_kernels.testing import assert_within_error_budget, make_qkv, random_levels
 
 # KiB that a program may have where there is little, on sm_86, sm_89 and sm_120, on sm_80, and on sm_90.
@@ -23,9 +23,23 @@ def test_a_chosen_tile_fits(kib):
         assert tile.tile_m <= block_q
 
 
+@pytest.mark.parametrize("kib", SHARED_MEMORY[1:])
+def test_chosen_backward_tiles_fit(kib):
+    dims, blocks = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256)
+    for head_dim, block_q, dtype in product(dims, blocks, (torch.float16, torch.bfloat16, torch.float32)):
+        of_queries, of_rows = choose_backward_tiles(
+            block_q=block_q, head_dim=head_dim, dtype=dtype, shared_memory=kib * 1024
+        )
+        assert of_queries.shared_memory(head_dim, dtype.itemsize) <= kib * 1024
+        assert of_rows.shared_memory(head_dim, dtype.itemsize) <= kib * 1024
+        assert of_queries.held <= block_q
+
+
 def test_no_tile_fits():
     with pytest.raises(ValueError, match=r"no tile for head_dim 256 in torch\.float32 fits 16384 bytes"):
         choose_tile(block_q=64, head_dim=256, dtype=torch.float32, shared_memory=16 * 1024)
+    with pytest.raises(ValueError, match=r"no backward tile for head_dim 256 in torch\.float32 fits 65536 bytes"):
+        choose_backward_tiles(block_q=64, head_dim=256, dtype=torch.float32, shared_memory=64 * 1024)
 
 
 @pytest.fixture

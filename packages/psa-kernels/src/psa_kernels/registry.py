@@ -1,7 +1,8 @@
 """Registration with torch.library, so that the operators survive torch.compile and CUDA graphs whole.
 
 An operator's folder holds one module an implementation, each with a function ``forward`` of the operator's
-signature. They are imported when the operator runs: importing the package needs neither Triton nor a GPU.
+signature; those of its gradients, where it has any, hold a function ``backward``. They are imported when the operator
+runs: importing the package needs neither Triton nor a GPU.
 """
 
 import functools
@@ -14,23 +15,30 @@ import torch
 from psa_kernels import checks
 
 _LIBRARY = torch.library.Library("psa_kernels", "DEF")
-_MODULES = {"reference": "reference", "torch": "torch_impl", "triton": "triton_fwd"}
+_MODULES = {
+    "forward": {"reference": "reference", "torch": "torch_impl", "triton": "triton_fwd"},
+    "backward": {"torch": "torch_bwd", "triton": "triton_bwd"},
+}
 
 
 @functools.cache
-def implementation(package: str, impl: str) -> Callable[..., Any]:
-    """``forward`` of implementation ``impl`` of the operator in ``package``."""
-    forward: Callable[..., Any] = importlib.import_module(f"{package}.{_MODULES[impl]}").forward
-    return forward
+def implementation(package: str, impl: str, direction: str = "forward") -> Callable[..., Any]:
+    """``forward`` or ``backward`` of implementation ``impl`` of the operator in ``package``."""
+    module = importlib.import_module(f"{package}.{_MODULES[direction][impl]}")
+    function: Callable[..., Any] = getattr(module, direction)
+    return function
 
 
-def register(package: str, signature: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def register(
+    package: str, signature: str, fake: Callable[..., Any], *, direction: str = "forward"
+) -> Callable[..., Any]:
     """Define the operator ``psa_kernels::<signature>``, whose last argument is ``str impl``, a name or ``"auto"``.
 
     Args:
         package: the operator's folder as a dotted name.
         signature: name, arguments without ``impl`` and results, in the schema language of torch.library.
         fake: shapes and dtypes of the results, from the same arguments without ``impl``.
+        direction: the function that implements it, ``"forward"`` or ``"backward"``.
 
     Returns:
         The operator, to be called with positional arguments, ``impl`` last.
@@ -43,7 +51,7 @@ def register(package: str, signature: str, fake: Callable[..., Any]) -> Callable
         # Precision is the implementation's own affair: statistics are float32 whatever surrounds the call.
         device = args[0].device
         with torch.autocast(device.type, enabled=False):
-            return implementation(package, checks.impl_to_run(args[-1], device))(*args[:-1])
+            return implementation(package, checks.impl_to_run(args[-1], device), direction)(*args[:-1])
 
     def run_fake(*args: Any) -> Any:
         return fake(*args[:-1])
@@ -52,3 +60,8 @@ def register(package: str, signature: str, fake: Callable[..., Any]) -> Callable
     torch.library.register_fake(f"psa_kernels::{name}", run_fake, lib=_LIBRARY)
     operator: Callable[..., Any] = getattr(torch.ops.psa_kernels, name).default
     return operator
+
+
+def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+    """Give the operator ``psa_kernels::<name>`` a gradient, as ``torch.library.register_autograd`` takes it."""
+    torch.library.register_autograd(f"psa_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY)

@@ -2,13 +2,13 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Literal
 
-from torch import Tensor, cat, nn
+from torch import Tensor, cat, is_grad_enabled, nn
 from torch.compiler import disable, is_compiling
 from torch.utils.hooks import RemovableHandle
 
@@ -102,6 +102,8 @@ class TransformerSite:
         self._processors: list[tuple[Any, Processor]] = []
         self._hooks: list[RemovableHandle] = []
         self._cache_context: Any = None
+        self._checkpoint: Callable[..., Any] | None = None
+        self._recomputing = False
         self._warned = False
         self._step: int | None = None
         self._last: Step | None = None
@@ -169,6 +171,7 @@ class TransformerSite:
             del self.transformer.__dict__["cache_context"]
         if self._announce in self._finder.listeners:
             self._finder.listeners.remove(self._announce)
+        self._release_checkpoint()
         self._hooks, self._processors, self._cache_context = [], [], None
         self._forwards.clear()
         self.active = False
@@ -195,7 +198,8 @@ class TransformerSite:
 
     def count_dense(self, layer: int) -> None:
         """Notes a dense call of a layer."""
-        self._stats.dense((self.name, self._step, layer))
+        if not self._recomputing:
+            self._stats.dense((self.name, self._step, layer))
 
     def attend(
         self, processor: Processor, query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None = None
@@ -241,7 +245,8 @@ class TransformerSite:
         out, density = sparse_attention(
             query, key, value, forward.policy, kv_lengths=kv_lengths, order=order, impl=self._impl, on_levels=take
         )
-        self._stats.sparse(place, density)
+        if not self._recomputing:
+            self._stats.sparse(place, density)
         return out
 
     def order_of(self, grid: VideoGrid) -> TokenOrder:
@@ -259,6 +264,7 @@ class TransformerSite:
 
     def _begin_eager(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         self._current = None
+        self._bind_checkpoint(module)
         for attention, processor in self._processors:
             if attention.processor is not processor:
                 raise RuntimeError(
@@ -339,6 +345,38 @@ class TransformerSite:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._current = None
+        self._release_checkpoint()
+
+    def _bind_checkpoint(self, module: Any) -> None:
+        """For the forward that begins, has gradient checkpointing compute blocks anew as they were computed in it.
+
+        That happens in the backward pass, when no forward is under way, or another one was since.
+        """
+        self._release_checkpoint()
+        if not (getattr(module, "gradient_checkpointing", False) and is_grad_enabled()):
+            return
+        original = self._checkpoint = module._gradient_checkpointing_func
+
+        def checkpoint(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            current, step, first = self._current, self._step, True
+
+            def run(*inputs: Any, **options: Any) -> Any:
+                nonlocal first
+                before = self._current, self._step, self._recomputing
+                self._current, self._step, self._recomputing, first = current, step, not first, False
+                try:
+                    return block(*inputs, **options)
+                finally:
+                    self._current, self._step, self._recomputing = before
+
+            return original(run, *args, **kwargs)
+
+        module._gradient_checkpointing_func = checkpoint
+
+    def _release_checkpoint(self) -> None:
+        if self._checkpoint is not None:
+            self.transformer._gradient_checkpointing_func = self._checkpoint
+            self._checkpoint = None
 
     def _forward(self, grid: VideoGrid) -> SparseForward:
         assert self._sparse is not None

@@ -54,12 +54,13 @@ def pyramid_attention(
             block is one row, or the plan's.
         return_lse: also return the log-sum-exp of each query's logits.
         impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU of compute capability 8.0 or
-            higher, torch elsewhere, with one warning on an older GPU. One asked for by name never falls back. Only
-            ``reference`` is differentiable (levels are constants).
+            higher, torch elsewhere, with one warning on an older GPU. One asked for by name never falls back.
 
     Returns:
         out ``[B, H, q_len, D]`` in query's dtype, and with ``return_lse`` lse ``[B, H, q_len]``, natural
-        logarithm, float32 (float64 for float64). A query with nothing to read gets out 0 and lse -inf.
+        logarithm, float32 (float64 for float64). A query with nothing to read gets out 0, lse -inf and gradients
+        of 0. Both results have gradients with respect to query, key and value; levels are constants. Gradients of
+        gradients are there with ``reference`` alone.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above, before any work.
@@ -99,7 +100,6 @@ def pyramid_attention(
         with torch.autocast(query.device.type, enabled=False):
             out, lse = reference(query, key, value, level_map, layout, kv_lengths, scale)
     else:
-        checks.no_grad_needed("pyramid_attention", query, key, value)
         plan = levels if isinstance(levels, LevelPlan) else LevelPlan.from_levels(levels, layout, impl=impl)
         out, lse = pyramid_attention_op(
             query, key, value, plan.indices, plan.offsets, kv_lengths, block_q, block_kv, is_causal, scale, to_run

@@ -70,3 +70,76 @@ def choose_tile(*, block_q: int, head_dim: int, dtype: torch.dtype, shared_memor
         if head_dim <= tile.max_head_dim and tile.shared_memory(head_dim, dtype.itemsize) <= shared_memory:
             return replace(tile, tile_m=min(tile.tile_m, max(16, block_q)))
     raise ValueError(f"no tile for head_dim {head_dim} in {dtype} fits {shared_memory} bytes of shared memory")
+
+
+@dataclass(frozen=True)
+class BackwardTile:
+    """What one program of a backward kernel works on at a time.
+
+    Attributes:
+        held: rows whose gradients it adds up: queries, or keys and values.
+        streamed: rows of the other side that one iteration loads.
+        num_warps, num_stages: of the launch.
+        max_head_dim: the widest head that its registers hold.
+    """
+
+    held: int
+    streamed: int
+    num_warps: int
+    num_stages: int
+    max_head_dim: int = 256
+
+    def shared_memory(self, head_dim: int, element_size: int) -> int:
+        """Bytes of shared memory that a program takes at most.
+
+        Two tensors on either side, what is streamed once a stage, and the weights and their gradients on their way to a
+        product. Without a pipeline a tile may be laid out twice, once for each product that it enters.
+        """
+        rows = 2 * self.held + 2 * self.num_stages * self.streamed
+        if self.num_stages == 1:
+            rows += self.streamed
+        return (rows * head_dim + 2 * self.held * self.streamed) * element_size + _BARRIERS_AND_ALIGNMENT
+
+
+# A program for rows holds two sums, one for queries holds one and has room for twice the rows.
+_HALF_QUERIES = (
+    BackwardTile(128, 64, 4, 2, max_head_dim=64),
+    BackwardTile(128, 64, 8, 2, max_head_dim=128),
+    BackwardTile(64, 64, 8, 2),
+    BackwardTile(64, 32, 8, 2),
+    BackwardTile(32, 32, 4, 1),
+    BackwardTile(16, 16, 4, 1),
+)
+_HALF_ROWS = (
+    BackwardTile(64, 64, 4, 2, max_head_dim=128),
+    BackwardTile(64, 64, 8, 2),
+    BackwardTile(64, 32, 8, 2),
+    BackwardTile(32, 32, 4, 1),
+    BackwardTile(16, 16, 4, 1),
+)
+_FLOAT_BACKWARD = (
+    BackwardTile(32, 32, 4, 1, max_head_dim=128),
+    BackwardTile(16, 16, 4, 1),
+)
+
+
+def choose_backward_tiles(
+    *, block_q: int, head_dim: int, dtype: torch.dtype, shared_memory: int
+) -> tuple[BackwardTile, BackwardTile]:
+    """The best tiles that fit a device, for the gradients of queries and for those of keys and values.
+
+    Args, errors: as :func:`choose_tile`. A tile of rows may cover several blocks.
+    """
+    chosen = []
+    tables = (_FLOAT_BACKWARD, _FLOAT_BACKWARD) if dtype == torch.float32 else (_HALF_QUERIES, _HALF_ROWS)
+    for candidates in tables:
+        for tile in candidates:
+            if head_dim <= tile.max_head_dim and tile.shared_memory(head_dim, dtype.itemsize) <= shared_memory:
+                chosen.append(tile)
+                break
+        else:
+            raise ValueError(
+                f"no backward tile for head_dim {head_dim} in {dtype} fits {shared_memory} bytes of shared memory"
+            )
+    of_queries, of_rows = chosen
+    return replace(of_queries, held=min(of_queries.held, max(16, block_q))), of_rows

@@ -1,0 +1,112 @@
+"""Training through sparse attention: LoRA, gradient checkpointing, autocast."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from psa_config import Preset
+from psa_integrations import PyramidAttention, apply_pyramid_sparse_attention
+from psa_masks import VideoGrid
+
+Call = dict[str, torch.Tensor]
+LORA = {"r": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+
+
+def gradients(transformer: Any, calls: list[Call]) -> dict[str, torch.Tensor]:
+    """Of all parameters, for a loss over several forwards that end before the backward pass begins."""
+    transformer.zero_grad()
+    outputs = [transformer(**call, return_dict=False)[0] for call in calls]
+    torch.stack([output.square().mean() for output in outputs]).sum().backward()
+    return {name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_are_computed_anew_as_they_were(
+    reentrant: bool, build_transformer: Callable[..., Any], wan_call: Call, sparse: Preset
+) -> None:
+    """Of two forwards of different sizes, with tokens in another order, the last over before any gradient."""
+    torch.manual_seed(0)
+    transformer = build_transformer("wan").train()
+    wan_call["hidden_states"].requires_grad_()  # reentrant checkpoints pass gradients on, and make none
+    small = wan_call | {"hidden_states": wan_call["hidden_states"][..., :8]}
+    calls = [wan_call, small]
+    dense = gradients(transformer, calls)
+    with apply_pyramid_sparse_attention(transformer, sparse) as handle:
+        expected = gradients(transformer, calls)
+        stats = handle.stats()
+        handle.reset_stats()
+        transformer.enable_gradient_checkpointing(
+            lambda block, *args: torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=reentrant)
+        )
+        chosen = transformer._gradient_checkpointing_func
+        found = gradients(transformer, calls)
+        assert handle.stats() == stats
+        assert transformer._gradient_checkpointing_func is chosen
+    # What the blocks share, as the text, gets their gradients in another order where checkpoints are reentrant.
+    own = [name for name in expected if not name.startswith("condition_embedder")]
+    assert all(torch.equal(found[name], expected[name]) for name in own)
+    assert found.keys() == expected.keys()
+    assert not any(torch.equal(expected[name], dense[name]) for name in own if "attn1.to_" in name)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_ten_lora_steps_lower_the_loss(
+    autocast: bool, build_transformer: Callable[..., Any], wan_call: Call, sparse: Preset
+) -> None:
+    """A flow towards a fixed clip, with checkpoints; the weights below the adapters stay."""
+    torch.manual_seed(0)
+    transformer = build_transformer("wan").train().requires_grad_(False)
+    transformer.add_adapter(LoraConfig(**LORA))
+    transformer.enable_gradient_checkpointing()
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora" in name for name in trained)
+    frozen = {name: p.clone() for name, p in transformer.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    target = torch.randn(wan_call["hidden_states"].shape, generator=torch.Generator().manual_seed(5))
+    losses = []
+    with apply_pyramid_sparse_attention(transformer, sparse) as handle:
+        for _ in range(10):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                flow = transformer(**wan_call, return_dict=False)[0]
+            loss = torch.nn.functional.mse_loss(flow.float(), target)
+            loss.backward()
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        stats = handle.stats()
+        assert stats.calls == 10 * 2
+        assert stats.density < 0.6
+    assert max(losses[-3:]) < min(losses[:3])
+    for name, p in transformer.named_parameters():
+        assert p.requires_grad or torch.equal(p, frozen[name])
+
+
+def test_checkpointed_cogvideox_blocks_too(build_transformer: Callable[..., Any], sparse: Preset) -> None:
+    torch.manual_seed(0)
+    transformer = build_transformer("cogvideox").train()
+    generator = torch.Generator().manual_seed(2)
+    angles = torch.rand(3 * 8 * 12, 8, generator=generator).repeat_interleave(2, dim=1)
+    call = {
+        "hidden_states": torch.randn(1, 3, 4, 16, 24, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 16, 32, generator=generator),
+        "timestep": torch.tensor([500]),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+    with apply_pyramid_sparse_attention(transformer, sparse):
+        expected = gradients(transformer, [call])
+        transformer.enable_gradient_checkpointing()
+        found = gradients(transformer, [call])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_module_passes_gradients(sparse: Preset) -> None:
+    grid = VideoGrid(frames=2, height=8, width=8)
+    module = PyramidAttention(sparse, grid)
+    qkv = [x.requires_grad_() for x in torch.randn(3, 1, 2, grid.seq_len, 16, generator=torch.Generator())]
+    module(*qkv).square().sum().backward()
+    assert all((x.grad != 0).any() for x in qkv)
