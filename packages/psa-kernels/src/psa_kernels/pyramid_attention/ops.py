@@ -12,6 +12,15 @@ def lse_dtype(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
+def empty_out(query: Tensor) -> Tensor:
+    """Room for the output, ``[B, H, q_len, D]``: token by token where the queries lie so, as after a projection that is
+    split into heads, so that joining them copies nothing."""
+    batch, heads, q_len, head_dim = query.shape
+    if query.transpose(1, 2).is_contiguous():
+        return query.new_empty((batch, q_len, heads, head_dim)).transpose(1, 2)
+    return query.new_empty(query.shape)
+
+
 def _fake(
     query: Tensor,
     key: Tensor,
@@ -24,7 +33,7 @@ def _fake(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype(query))
+    return empty_out(query), query.new_empty(query.shape[:3], dtype=lse_dtype(query))
 
 
 pyramid_attention_op = register(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psa_kernels.layout import num_rows, pool_size, row_counts
-from psa_kernels.pyramid_attention.ops import lse_dtype
+from psa_kernels.pyramid_attention.ops import empty_out, lse_dtype
 from psa_kernels.pyramid_pool.torch_impl import forward as pool_rows
 
 _LOGITS_AT_ONCE = 1 << 20
@@ -123,7 +123,7 @@ def forward(
     num_kv_heads, kv_len = key.shape[1:3]
     num_q_blocks, num_levels, group = indices.shape[2], offsets.shape[3] - 1, heads // num_kv_heads
     dtype = lse_dtype(query)
-    out = query.new_empty(query.shape)
+    out = empty_out(query)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
     bias, last_token = _row_tables(kv_len, num_levels, kv_lengths, dtype, query.device)
     padding = num_q_blocks * block_q - q_len

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from psa_kernels.pyramid_attention.ops import lse_dtype
+from psa_kernels.pyramid_attention.ops import empty_out, lse_dtype
 from psa_kernels.pyramid_attention.tiles import choose_tile
 from psa_kernels.pyramid_attention.triton_order import heavy_first
 from psa_kernels.pyramid_pool.triton_fwd import pool_keys_and_values
@@ -427,7 +427,7 @@ def forward(
     kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
     num_q_blocks, num_kv_blocks = indices.shape[2:]
     num_levels = offsets.shape[3] - 1
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = empty_out(query)
     lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
     dim_tile = max(16, triton.next_power_of_2(head_dim))
     with on_device(query):
