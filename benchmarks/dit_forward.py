@@ -29,14 +29,15 @@ from gpu_prefill import milliseconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import psa_integrations
-from psa_config import MaskRatios, Preset, load_presets
+from psa_config import MaskRatios, Preset, Samples, load_presets
 from psa_integrations import apply_pyramid_sparse_attention
 
 STEPS = 50
 PAPER = 327 / 176  # seconds a video, dense and sparse, of Wan2.1-1.3B on an H200 (arXiv 2512.04025)
 QUOTAS = {
     "quotas .10/.05/0/.20": (0.10, 0.15, 0.15, 0.35),
-    "quotas .09/.05/0/.20, rest as means": (0.09, 0.14, 0.14, 0.34),
+    "quotas .10/.05/0/.20, 16 samples a block": (0.10, 0.15, 0.15, 0.35),
+    "quotas .09/.05/0/.20, rest as means, 16 samples a block": (0.09, 0.14, 0.14, 0.34),
 }
 
 
@@ -166,7 +167,7 @@ def forward(model: Model, pipeline: Any, device: torch.device, dtype: torch.dtyp
 
 
 def presets(model: Model) -> dict[str, Preset]:
-    """The model's balanced preset with quotas, without and with the rest as means; warm-up steps are its own."""
+    """The model's balanced preset with quotas; warm-up steps are its own, and samples unless named: 32 a block."""
     named, name = model.preset.split("/")
     base = load_presets().get(named, name)
     found = {}
@@ -174,6 +175,8 @@ def presets(model: Model) -> dict[str, Preset]:
         ratios = MaskRatios(**{"1": (0.0, one), "2": (one, two), "4": (two, four), "8": (four, eight)})
         changes = {"mask_mode": "topk", "mask_ratios": ratios, "use_sim_mask": False}
         changes["skip"] = "mean" if "means" in label else "drop"
+        if "16 samples" in label:
+            changes["samples"] = Samples(q=16, kv=16)
         found[label] = base.model_copy(update={"attention": base.attention.model_copy(update=changes)})
     return found
 

@@ -2,8 +2,7 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,13 @@ def test_qwen2_5_vl(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a video is needed, or --tiny" in capsys.readouterr().err
 
 
-def test_fine_tuning_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "finetune_tiny_wan.py"), "--smoke", "--device", "cpu", "--out"]
+def test_fine_tuning_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(EXAMPLES / "finetune_tiny_wan.py"))["main"]
+    arguments = ["--smoke", "--device", "cpu", "--out", str(tmp_path)]
     lines = []
     for more in (["--max-steps", "20"], ["--max-steps", "40", "--resume"]):
-        run = subprocess.run([*command, str(tmp_path), *more], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        lines.append([json.loads(line) for line in run.stdout.splitlines()])
+        main([*arguments, *more])
+        lines.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
     first, second = lines
     assert first[:2] == second[:2]
     assert [x["what"] for x in second[:2]] == ["dense, as shipped", "sparse, training-free"]

@@ -170,6 +170,8 @@ def main() -> None:
         for row_len, counts in ((50, [1, 5, 5]), (20_000, [9])):
             rank_levels(torch.zeros(2, row_len, dtype=dtype), counts, impl="triton")
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
+        if capability < 90 and not is_causal:
+            continue  # code that others share; what it adds here is time
         # float32, which no tensor core multiplies, takes long to compile.
         half = [x.to(torch.bfloat16).requires_grad_() for x in (query, key, value)]
         out = pyramid_attention(*half, plan, **blocks, is_causal=is_causal, **options)

@@ -84,6 +84,14 @@ def precisions(backend, name):
 OPTIONS = ("is_causal", "scale", "num_levels", "kv_lengths", "through_lse")
 
 
+@pytest.fixture
+def fast_backend(backend):
+    """Where kernels are compiled: what a test of registration needs no interpreter for."""
+    if interpreted(backend):
+        pytest.skip("too slow to interpret all")
+    return backend
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_case_equals_oracle(backend, name):
     case = dict(CASES[name])
@@ -121,7 +129,7 @@ def test_every_block_size(backend, block_q, block_kv):
 
 @pytest.mark.parametrize("level", range(1, 9))
 def test_one_level_at_tails(backend, level):
-    if interpreted(backend) and level not in (2, 5, 8):
+    if interpreted(backend) and level not in (2, 8):
         pytest.skip("too slow to interpret all")
     for tail in (7,) if interpreted(backend) else (1, 7, 64, 127):
         qkv = make_qkv(heads=1, q_len=16, kv_len=128 + tail, head_dim=16, device=backend.device, seed=tail)
@@ -255,12 +263,12 @@ def test_same_bits_twice(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_plan_takes_the_place_of_levels(backend):
+def test_a_plan_takes_the_place_of_levels(fast_backend):
     """And inputs that want no gradient get none."""
-    query, key, value = make_qkv(heads=1, q_len=30, device=backend.device)
+    query, key, value = make_qkv(heads=1, q_len=30, device=fast_backend.device)
     layout = BlockLayout(30, 30, block_q=16, block_kv=16)
-    levels = random_levels(layout, heads=1, device=backend.device)
-    options = {"block_q": 16, "block_kv": 16, "impl": backend.impl}
+    levels = random_levels(layout, heads=1, device=fast_backend.device)
+    options = {"block_q": 16, "block_kv": 16, "impl": fast_backend.impl}
     results = []
     for what in (levels, LevelPlan.from_levels(levels, layout)):
         key.grad = None
@@ -270,27 +278,27 @@ def test_a_plan_takes_the_place_of_levels(backend):
     assert query.grad is None
 
 
-def test_gradients_leave_the_forward_pass_alone(backend):
-    qkv = make_qkv(heads=1, q_len=30, device=backend.device)
-    levels = random_levels(BlockLayout(30, 30, block_q=16, block_kv=16), heads=1, device=backend.device)
-    options = {"block_q": 16, "block_kv": 16, "impl": backend.impl}
+def test_gradients_leave_the_forward_pass_alone(fast_backend):
+    qkv = make_qkv(heads=1, q_len=30, device=fast_backend.device)
+    levels = random_levels(BlockLayout(30, 30, block_q=16, block_kv=16), heads=1, device=fast_backend.device)
+    options = {"block_q": 16, "block_kv": 16, "impl": fast_backend.impl}
     plain = pyramid_attention(*qkv, levels, **options)
     assert plain.grad_fn is None
     assert torch.equal(pyramid_attention(*(x.requires_grad_() for x in qkv), levels, **options), plain)
 
 
-def test_checkpoints_and_autocast_change_nothing(backend):
-    qkv = [x.requires_grad_() for x in make_qkv(heads=1, q_len=30, device=backend.device)]
-    levels = random_levels(BlockLayout(30, 30, block_q=32, block_kv=32), heads=1, device=backend.device)
+def test_checkpoints_and_autocast_change_nothing(fast_backend):
+    qkv = [x.requires_grad_() for x in make_qkv(heads=1, q_len=30, device=fast_backend.device)]
+    levels = random_levels(BlockLayout(30, 30, block_q=32, block_kv=32), heads=1, device=fast_backend.device)
 
     def attend(*qkv):
-        return pyramid_attention(*qkv, levels, block_q=32, block_kv=32, impl=backend.impl)
+        return pyramid_attention(*qkv, levels, block_q=32, block_kv=32, impl=fast_backend.impl)
 
     expected = torch.autograd.grad(attend(*qkv).sum(), qkv)
     for reentrant in (False, True):
         for x in qkv:
             x.grad = None
-        with torch.autocast(backend.device, dtype=torch.bfloat16):
+        with torch.autocast(fast_backend.device, dtype=torch.bfloat16):
             out = checkpoint(attend, *qkv, use_reentrant=reentrant)
         out.sum().backward()
         assert all(torch.equal(x.grad, y) for x, y in zip(qkv, expected, strict=True))
@@ -305,8 +313,7 @@ def test_second_derivatives_are_refused(backend):
         of_query.sum().backward()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic):
+def test_compiles_whole():
     torch._dynamo.reset()
     options = {"block_q": 32, "block_kv": 32}
 
@@ -314,7 +321,7 @@ def test_compiles_whole(dynamic):
         out, lse = pyramid_attention(query * 2, key, value, levels, return_lse=True, **options)
         return (out.square().sum() + lse.sum()).sin()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (70, 101):
         qkv = [x.requires_grad_() for x in make_qkv(q_len=length)]
         levels = random_levels(BlockLayout(length, length, **options))
