@@ -133,7 +133,7 @@ def _nothing(text: str) -> None:
 
 def _candidates(base: Preset, attention: PyramidSparseAttention, density: float) -> Iterator[Preset]:
     for policy, order in product(_POLICIES, _ORDERS):
-        changes = {"density": density, **policy, **order}
+        changes = {"mask_mode": "budget", "mask_ratios": None, "density": density, **policy, **order}
         yield base.model_copy(update={"name": "tuned", "attention": attention.model_copy(update=changes)})
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from psa_kernels.block_importance.sampling import KEY_STREAM, QUERY_STREAM, SEED_BITS
 from psa_kernels.triton_device import on_device, shared_memory_limit
+from psa_kernels.triton_math import dot_rows
 
 _LOG2_E = 1.4426950408889634
 # In place of a scale of 0, so that it times a hidden score of -inf is not NaN. No logit differs from 0 by it.
@@ -83,24 +84,6 @@ def _columns(first, COLUMNS: tl.constexpr, PER_BLOCK: tl.constexpr, SAMPLES_KV: 
 
 
 @triton.jit
-def _dot(query, key, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """``query @ key.T`` as the sum of ``PARTS`` products, a power of two, each over every ``PARTS``-th feature.
-
-    A product adds its terms one after another, so that its rounding grows with their number and running sum. In float32
-    that is what decides how exact a score is; summed in parts it is a fraction.
-    """
-    if PARTS == 1:
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    else:
-        HALF: tl.constexpr = query.shape[1] // 2
-        even_query, odd_query = tl.split(tl.reshape(query, (query.shape[0], HALF, 2)))
-        even_key, odd_key = tl.split(tl.reshape(key, (key.shape[0], HALF, 2)))
-        scores = _dot(even_query, even_key, PARTS // 2, PRECISION)
-        scores += _dot(odd_query, odd_key, PARTS // 2, PRECISION)
-    return scores
-
-
-@triton.jit
 def _weight_of_mean(
     scores, safe_max, scale_log2, BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, HIDES: tl.constexpr
 ):  # fmt: skip
@@ -139,9 +122,7 @@ def _fold_tile(
         key_mask = in_dim
     key_offset = position.to(tl.int64)[:, None] * key_strides[2] + dim.to(tl.int64)[None, :] * key_strides[3]
     key = tl.load(key_ptr + key_offset, mask=key_mask, other=0.0)  # [COLUMNS, DIM]
-    # A dot product of Triton's has 16 terms at least.
-    PARTS: tl.constexpr = min(8, query.shape[1] // 16) if PRECISION == "ieee" else 1
-    scores = _dot(query, key, PARTS, PRECISION)
+    scores = dot_rows(query, key, PRECISION)
     if HIDES:
         scores += tl.where(position >= 0, 0.0, float("-inf"))[None, :]
         if IS_CAUSAL:

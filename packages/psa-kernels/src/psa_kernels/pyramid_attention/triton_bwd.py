@@ -26,6 +26,7 @@ from psa_kernels.pyramid_attention.triton_order import heavy_first
 from psa_kernels.pyramid_attention.triton_readers import count_tiles, level_of_tile, readers_of_tiles, turn
 from psa_kernels.pyramid_pool.triton_fwd import pool_keys_and_values
 from psa_kernels.triton_device import has_tensor_memory_access, on_device, shared_memory_limit
+from psa_kernels.triton_math import dot_rows
 
 _LOG2_E = 1.4426950408889634
 _DELTA_ROWS = 32
@@ -78,11 +79,11 @@ def _add_to_query(
     key = _load_rows(key_ptr, key_strides, level_start + row, dim, mask)  # [TILE_N, DIM]
     value = _load_rows(value_ptr, value_strides, level_start + row, dim, mask)
     bias = tl.where(exists, tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
-    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2 + bias[None, :]
+    logits = dot_rows(query, key, PRECISION) * scale_log2 + bias[None, :]
     weights = tl.exp2(logits - log2_sum[:, None])
     if MASKED:
         weights = tl.where(row[None, :] <= q_position[:, None], weights, 0.0)
-    grad_weights = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
+    grad_weights = dot_rows(grad_out, value, PRECISION)
     grad_logits = weights * (grad_weights - delta[:, None])
     return tl.dot(grad_logits.to(key.dtype), key, acc, input_precision=PRECISION)
 
@@ -213,7 +214,7 @@ def _add_to_rows(
     statistics = head.to(tl.int64) * q_len + token
     log2_sum = tl.load(log2_sum_ptr + statistics, mask=exists, other=float("inf"))  # [TILE_M]
     delta = tl.load(delta_ptr + statistics, mask=exists, other=0.0)
-    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [TILE_N, TILE_M]
+    scores = dot_rows(key, query, PRECISION)  # [TILE_N, TILE_M]
     weights = tl.exp2(scores * scale_log2 - log2_sum[None, :])
     if SMALL:
         weights = tl.where(reads, weights, 0.0)
@@ -223,7 +224,7 @@ def _add_to_rows(
         grad_out_ptr, grad_out_tma, grad_out_strides, batch, head, first_token, token, exists, dim, HEAD_DIM
     )  # fmt: skip
     grad_value = tl.dot(weights.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION)
-    grad_logits = weights * (tl.dot(value, tl.trans(grad_out), input_precision=PRECISION) - delta[None, :])
+    grad_logits = weights * (dot_rows(value, grad_out, PRECISION) - delta[None, :])
     if SMALL:  # a row that is not read may hold what is no number
         grad_logits = tl.where(reads, grad_logits, 0.0)
     grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision=PRECISION)
