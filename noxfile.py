@@ -137,7 +137,7 @@ def gpu(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks: `nox -s bench -- gpu_attention` runs benchmarks/gpu_attention.py; without a name, those for a CPU."""
-    if any(name.startswith("gpu") for name in session.posargs):  # the newest torch, with CUDA
+    if any(name.startswith(("gpu", "dit")) for name in session.posargs):  # the newest torch, with CUDA
         session.install(*(part for package in PACKAGES for part in ("--editable", f"packages/{package}")))
     else:
         install_packages(session)
