@@ -97,8 +97,9 @@ def run_all(view, dtype, q_len, kv_len, head_dim, block_q, block_kv, is_causal, 
     for reduction in ("max", "mean", "error"):
         samples = {"samples_q": 7, "samples_kv": 5, "reduction": reduction}
         results.append(block_importance(query, key, **samples, **blocks, **options))
-        groups = {"samples_q": block_q // 8, "samples_kv": block_kv // 8, "method": "antidiagonal"}
-        results.append(block_importance(query, key, **samples | groups, **blocks, **options))
+    for reduction in ("max", "mean"):
+        groups = {"samples_q": block_q // 8, "samples_kv": block_kv // 8, "reduction": reduction}
+        results.append(block_importance(query, key, method="antidiagonal", **groups, **blocks, **options))
     counts = [1, layout.num_kv_blocks]
     results.append(rank_levels(results[-1], counts, impl="triton"))
     levels = random_levels(layout, batch=2, heads=4, device=DEVICE)
