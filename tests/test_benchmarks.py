@@ -9,7 +9,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize(("name", "rows"), [("gpu_prefill", 4), ("dit_forward", 6)])
+@pytest.mark.parametrize(("name", "rows"), [("gpu_prefill", 4), ("dit_forward", 8)])
 def test_tiny(
     name: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
