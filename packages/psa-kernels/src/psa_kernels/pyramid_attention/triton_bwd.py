@@ -3,7 +3,7 @@
 Both recompute the weights of a tile from the log-sum-exp, and nothing is added up but in the registers of one program.
 The rows of a level lie side by side, so a program for keys and values takes a tile of them: part of a block, or
 several blocks, of which each query block then reads some. Levels 2 and up come first and leave what each token of a row
-gets, in float32; the program of a tile of tokens adds that of its rows to its own.
+gets, in the dtype of the inputs; the program of a tile of tokens adds that of its rows to its own.
 """
 
 import torch
@@ -36,6 +36,7 @@ _DELTA_ROWS = 32
 def _delta_kernel(
     out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, log2_sum_ptr, delta_ptr, out_strides, grad_out_strides, num_heads,
     q_len, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each query subtracts: from its logits in base 2, and from the gradients of its weights."""
     pid = tl.program_id(0)
@@ -47,7 +48,12 @@ def _delta_kernel(
     mask = (token < q_len)[:, None] & (dim < HEAD_DIM)[None, :]
     out = _load_rows(_sequence(out_ptr, out_strides, batch, head), out_strides, token, dim, mask)  # [ROWS, DIM]
     grad = _load_rows(_sequence(grad_out_ptr, grad_out_strides, batch, head), grad_out_strides, token, dim, mask)
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
+    if PRECISION == "ieee":
+        # Added up as the gradients of weights are, so that of a query that reads little but one row they cancel.
+        diagonal = tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :]
+        delta = tl.sum(tl.where(diagonal, dot_rows(grad, out, PRECISION), 0.0), axis=1)
+    else:
+        delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
     row = (batch.to(tl.int64) * num_heads + head) * q_len + token
     lse = tl.load(lse_ptr + row, mask=token < q_len, other=float("-inf"))  # [ROWS]
     has_read = lse != float("-inf")
@@ -284,7 +290,7 @@ def _add_coarser(grad, rows_ptr, token, mask, kv_len, dim, NUM_LEVELS: tl.conste
     level_start = 0
     for level in range(2, NUM_LEVELS + 1):
         row = level_start + (token >> (level - 1))
-        grad += _load_rows(rows_ptr, (0, 0, HEAD_DIM, 1), row, dim, mask)
+        grad += _load_rows(rows_ptr, (0, 0, HEAD_DIM, 1), row, dim, mask).to(tl.float32)
         level_start += _level_rows(kv_len, level)
     return grad
 
@@ -367,9 +373,9 @@ def _key_value_kernel(
     else:
         # Only rows of a token or more are read again.
         offset = (level_start + row).to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(row_grads_ptr + offset, grad_key, mask=mask)
+        tl.store(row_grads_ptr + offset, grad_key.to(key.dtype), mask=mask)
         row_grads_ptr += sequences * pooled_rows * HEAD_DIM
-        tl.store(row_grads_ptr + offset, grad_value, mask=mask)
+        tl.store(row_grads_ptr + offset, grad_value.to(value.dtype), mask=mask)
 
 
 def _key_value_gradients(
@@ -395,7 +401,7 @@ def _key_value_gradients(
     num_q_blocks, num_kv_blocks = indices.shape[2:]
     num_levels = offsets.shape[3] - 1
     grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
-    row_grads = torch.empty(pooled.shape, dtype=torch.float32, device=query.device)
+    row_grads = torch.empty_like(pooled, memory_format=torch.contiguous_format)
     turned = turn(indices, offsets, num_kv_heads)
     large_levels = min(num_levels, (block_kv // tile.held).bit_length())
     by_descriptor: list[TensorDescriptor | None] = [None, None]
@@ -478,6 +484,7 @@ def backward(
         _delta_kernel[(batch * heads * triton.cdiv(q_len, _DELTA_ROWS),)](
             out, grad_out, lse, grad_lse, log2_sum, delta, out.stride(), grad_out.stride(), heads, q_len,
             HEAD_DIM=head_dim, DIM_TILE=dim_tile, HAS_GRAD_LSE=grad_lse is not None, ROWS=_DELTA_ROWS,
+            PRECISION=_precision(query),
         )  # fmt: skip
         pooled = pool_keys_and_values(key, value, kv_lengths, num_levels)
         order = heavy_first(offsets, num_kv_blocks, block_kv)
