@@ -395,7 +395,9 @@ def assert_compiled_as_eager(form: str, preset: Preset, compile_it: Callable[[An
 
 
 @feature(
-    "compiled blocks (`fullgraph=True`): the model's graphs, once for dense and once for sparse steps", but=TEXT_ONLY
+    "compiled blocks (`fullgraph=True`): the model's graphs, once for dense and once for sparse steps",
+    but=TEXT_ONLY,
+    notes=MOCHI_BREAKS,
 )
 def test_compiled_blocks(form: str, make_preset: MakePreset) -> None:
     def compile_blocks(pipeline: Any, graphs: Graphs) -> None:
