@@ -347,7 +347,8 @@ def test_mixed_dtypes(form: str, sparse: Preset) -> None:
 
 TEXT_ONLY = forms_where(lambda form: form.image, "compiled models are tested with text to video alone")
 MOCHI_BREAKS = forms_where(
-    lambda form: form.model == "Mochi", "diffusers' own attention of this model breaks the graph in dense steps"
+    lambda form: form.model == "Mochi",
+    "without dense steps: in them diffusers' own attention of this model breaks the graph, with and without PSA",
 )
 
 
@@ -394,7 +395,9 @@ def assert_compiled_as_eager(form: str, preset: Preset, compile_it: Callable[[An
 
 
 @feature(
-    "compiled blocks (`fullgraph=True`): the model's graphs, once for dense and once for sparse steps", but=TEXT_ONLY
+    "compiled blocks (`fullgraph=True`): the model's graphs, once for dense and once for sparse steps",
+    but=TEXT_ONLY,
+    notes=MOCHI_BREAKS,
 )
 def test_compiled_blocks(form: str, make_preset: MakePreset) -> None:
     def compile_blocks(pipeline: Any, graphs: Graphs) -> None:
@@ -407,7 +410,7 @@ def test_compiled_blocks(form: str, make_preset: MakePreset) -> None:
     assert_compiled_as_eager(form, make_preset(SPARSE, warmup_steps=0 if form in MOCHI_BREAKS else 1), compile_blocks)
 
 
-@feature("the whole transformer compiled (`fullgraph=True`), likewise", but=TEXT_ONLY)
+@feature("the whole transformer compiled (`fullgraph=True`), likewise", but=TEXT_ONLY, notes=MOCHI_BREAKS)
 def test_compiled_transformer(form: str, make_preset: MakePreset) -> None:
     def compile_transformers(pipeline: Any, graphs: Graphs) -> None:
         for name in ("transformer", "transformer_2"):

@@ -12,21 +12,28 @@ START, END = "<!-- support table: written by tests/lib/write_support_table.py --
 
 @dataclass(frozen=True)
 class Feature:
-    """One row of the table: what is claimed, and of which forms it is not tested, for what reason."""
+    """One row of the table: what is claimed, of which forms it is not tested, and what is to be said of others."""
 
     title: str
     but: Mapping[str, str]
+    notes: Mapping[str, str]
 
 
 FEATURES: dict[str, Feature] = {}
 
 
-def feature(title: str, *, but: Mapping[str, str] | None = None) -> Callable[[Any], Any]:
-    """Runs a test, as its argument `form`, for the name of every form but those in `but`, and notes it as a feature."""
-    left_out = dict(but or {})
+def feature(
+    title: str, *, but: Mapping[str, str] | None = None, notes: Mapping[str, str] | None = None
+) -> Callable[[Any], Any]:
+    """Runs a test, as its argument `form`, for the name of every form but those in `but`, and notes it as a feature.
+
+    `notes` are remarks on forms for which the test runs in a lesser form.
+    """
+    left_out, remarks = dict(but or {}), dict(notes or {})
     assert title not in FEATURES
-    assert left_out.keys() <= FORMS.keys()
-    FEATURES[title] = Feature(title, left_out)
+    assert left_out.keys() | remarks.keys() <= FORMS.keys()
+    assert not left_out.keys() & remarks.keys()
+    FEATURES[title] = Feature(title, left_out, remarks)
     return pytest.mark.parametrize("form", [name for name in FORMS if name not in left_out])
 
 
@@ -45,13 +52,14 @@ def support_table() -> str:
         row = [entry.title]
         for model in models:
             forms = [name for name, form in FORMS.items() if form.model == model]
-            left_out = {name: entry.but[name] for name in forms if name in entry.but}
-            if not left_out:
+            left_out = [name for name in forms if name in entry.but]
+            said = {name: text for name, text in {**entry.but, **entry.notes}.items() if name in forms}
+            if not said:
                 row.append("yes")
                 continue
             numbers = []
-            for reason in dict.fromkeys(left_out.values()):
-                of = [FORMS[name].title for name in left_out if left_out[name] == reason]
+            for reason in dict.fromkeys(said.values()):
+                of = [FORMS[name].title for name in said if said[name] == reason]
                 note = reason if len(of) == len(forms) else f"{'; '.join(of)}: {reason}"
                 if note not in notes:
                     notes.append(note)

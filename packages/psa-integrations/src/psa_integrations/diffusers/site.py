@@ -265,13 +265,7 @@ class TransformerSite:
     def _begin_eager(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         self._current = None
         self._bind_checkpoint(module)
-        for attention, processor in self._processors:
-            if attention.processor is not processor:
-                raise RuntimeError(
-                    f"the attention processors of {self.name} were replaced after pyramid sparse attention "
-                    "was applied (fuse_qkv_projections and set_attn_processor do that): remove() the handle, "
-                    "make the change, then apply again"
-                )
+        self._check_processors()
         call = dict(self._signature.bind(module, *args, **kwargs).arguments)
         call.pop("self")
         step = self._finder.find(call["timestep"])
@@ -311,6 +305,7 @@ class TransformerSite:
     def _begin_in_graph(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         """`_begin` where the whole transformer is compiled: one graph for dense steps, and one for sparse ones."""
         self._current = None
+        self._check_processors()
         call = dict(zip(self._names, args, strict=False)) | kwargs
         if self._announced or not self._serves(module, call):
             return None
@@ -324,6 +319,15 @@ class TransformerSite:
         if order is not None:
             self._adapter.order_call(call, order)
         return (), call
+
+    def _check_processors(self) -> None:
+        for attention, processor in self._processors:
+            if attention.processor is not processor:
+                raise RuntimeError(
+                    f"the attention processors of {self.name} were replaced after pyramid sparse attention "
+                    "was applied (fuse_qkv_projections and set_attn_processor do that): remove() the handle, "
+                    "make the change, then apply again"
+                )
 
     def _announce(self, step: Step | None) -> None:
         """Settles before a compiled forward whether it is dense."""
