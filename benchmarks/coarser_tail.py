@@ -83,7 +83,8 @@ def catch(grid: VideoGrid, steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         )
     order = gilbert_order(grid)
     # Of the two forwards of a step the first has the prompt.
-    return [tuple(order.apply(x, dim=2) for x in call) for call in mode.caught[: len(mode.caught) // 2]]  # type: ignore[misc]  # of three
+    with_prompt = mode.caught[: len(mode.caught) // 2]
+    return [(order.apply(q, dim=2), order.apply(k, dim=2), order.apply(v, dim=2)) for q, k, v in with_prompt]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, levels: Tensor, group: int) -> tuple[Tensor, float]:

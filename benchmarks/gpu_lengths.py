@@ -215,8 +215,7 @@ def measure_row(row: Row, length: int, inputs: Inputs, deadline: float) -> Found
         torch.cuda.empty_cache()
         call, executed = row.prepare(inputs, row.density)
         found = found_of(row, length, executed=executed, ms=median(call))
-    # Other projects' kernels and compilers run here and raise anything; it is said in the table, and the others go on.
-    except Exception as error:
+    except Exception as error:  # other projects' kernels raise anything; the table says it, and the others go on
         found = found_of(row, length, note=reason(error))
     print(f"{length} {row.method} {row.density}: {found['ms'] or found['note']}", file=sys.stderr, flush=True)
     return found
