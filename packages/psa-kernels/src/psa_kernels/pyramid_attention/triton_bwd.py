@@ -3,7 +3,7 @@
 Both recompute the weights of a tile from the log-sum-exp, and nothing is added up but in the registers of one program.
 The rows of a level lie side by side, so a program for keys and values takes a tile of them: part of a block, or
 several blocks, of which each query block then reads some. Levels 2 and up come first and leave what each token of a row
-gets, in the dtype of the inputs; the program of a tile of tokens adds that of its rows to its own.
+gets in the row's own place, in the dtype of the inputs; the program of a tile of tokens adds that of its rows to its own.
 """
 
 import torch
@@ -303,7 +303,7 @@ def _add_coarser(grad, rows_ptr, token, mask, kv_len, dim, NUM_LEVELS: tl.conste
 )  # fmt: skip
 def _key_value_kernel(
     query_ptr, key_ptr, value_ptr, grad_out_ptr, query_tma, grad_out_tma, log2_sum_ptr, delta_ptr, lists_ptr, ends_ptr,
-    level_map_ptr, kv_lengths_ptr, row_grads_ptr, grad_key_ptr, grad_value_ptr,
+    level_map_ptr, kv_lengths_ptr, pooled_ptr, grad_key_ptr, grad_value_ptr,
     query_strides, key_strides, value_strides, grad_out_strides,
     num_heads, group, q_len, kv_len, num_q_blocks, num_kv_blocks, pooled_rows, num_tiles, first_level, scale,
     scale_log2,
@@ -311,7 +311,7 @@ def _key_value_kernel(
     DIM_TILE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TOKENS: tl.constexpr, SMALL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one tile of rows: of ``TOKENS``, or of a pooled level.
+    """The gradients of one tile of rows: of ``TOKENS``, or of a pooled level, whose rows they replace.
 
     ``SMALL`` blocks are several to a tile, and the tile has a list of readers of its own; else the block has one.
     """
@@ -361,21 +361,20 @@ def _key_value_kernel(
     grad_key *= scale
 
     sequences = tl.num_programs(0).to(tl.int64) // num_tiles
-    row_grads_ptr += sequence * pooled_rows * HEAD_DIM
+    pooled_key_ptr = pooled_ptr + sequence * pooled_rows * HEAD_DIM
+    pooled_value_ptr = pooled_key_ptr + sequences * pooled_rows * HEAD_DIM
     if TOKENS:
-        grad_key = _add_coarser(grad_key, row_grads_ptr, row, mask, kv_len, dim, NUM_LEVELS, HEAD_DIM)
-        row_grads_ptr += sequences * pooled_rows * HEAD_DIM
-        grad_value = _add_coarser(grad_value, row_grads_ptr, row, mask, kv_len, dim, NUM_LEVELS, HEAD_DIM)
+        grad_key = _add_coarser(grad_key, pooled_key_ptr, row, mask, kv_len, dim, NUM_LEVELS, HEAD_DIM)
+        grad_value = _add_coarser(grad_value, pooled_value_ptr, row, mask, kv_len, dim, NUM_LEVELS, HEAD_DIM)
         offset = (sequence * kv_len + row)[:, None] * HEAD_DIM + dim[None, :]
         kept = (row < kv_len)[:, None] & (dim < HEAD_DIM)[None, :]
         tl.store(grad_key_ptr + offset, tl.where(mask, grad_key, 0.0).to(key.dtype), mask=kept)
         tl.store(grad_value_ptr + offset, tl.where(mask, grad_value, 0.0).to(key.dtype), mask=kept)
     else:
-        # Only rows of a token or more are read again.
+        # No other program reads these rows. Only those of a token or more are read again.
         offset = (level_start + row).to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(row_grads_ptr + offset, grad_key.to(key.dtype), mask=mask)
-        row_grads_ptr += sequences * pooled_rows * HEAD_DIM
-        tl.store(row_grads_ptr + offset, grad_value.to(value.dtype), mask=mask)
+        tl.store(pooled_key_ptr + offset, grad_key.to(key.dtype), mask=mask)
+        tl.store(pooled_value_ptr + offset, grad_value.to(value.dtype), mask=mask)
 
 
 def _key_value_gradients(
@@ -395,13 +394,12 @@ def _key_value_gradients(
     scale: float,
     tile: BackwardTile,
 ) -> tuple[Tensor, Tensor]:
-    """Coarse levels first, as the program of a tile of tokens adds what theirs leave."""
+    """Coarse levels first, as the program of a tile of tokens adds what theirs leave in ``pooled``."""
     batch, heads, q_len, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1:3]
     num_q_blocks, num_kv_blocks = indices.shape[2:]
     num_levels = offsets.shape[3] - 1
     grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
-    row_grads = torch.empty_like(pooled, memory_format=torch.contiguous_format)
     turned = turn(indices, offsets, num_kv_heads)
     large_levels = min(num_levels, (block_kv // tile.held).bit_length())
     by_descriptor: list[TensorDescriptor | None] = [None, None]
@@ -424,7 +422,7 @@ def _key_value_gradients(
         rows = (key, value) if tokens else (pooled[0], pooled[1])
         num_tiles = count_tiles(num_kv_blocks, first_level, last_level, block_kv, tile.held)
         _key_value_kernel[(batch * num_kv_heads * num_tiles,)](
-            query, *rows, grad_out, *by_descriptor, log2_sum, delta, lists, ends, turned, kv_lengths, row_grads,
+            query, *rows, grad_out, *by_descriptor, log2_sum, delta, lists, ends, turned, kv_lengths, pooled,
             grad_key, grad_value,
             query.stride(), rows[0].stride(), rows[1].stride(), grad_out.stride(),
             heads, heads // num_kv_heads, q_len, kv_len, num_q_blocks, num_kv_blocks, pooled.shape[3], num_tiles,
