@@ -68,3 +68,22 @@ def test_fine_tuning_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Cap
         assert float(trained[loss]) < float(sparse[loss])
     assert (tmp_path / "weights" / "transformer").is_dir()
     assert len(json.loads((tmp_path / "evaluation.json").read_text())["rows"]) == 3
+
+
+def test_distillation_learns_and_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run_twice("distill_tiny_wan.py", tmp_path, capsys)
+    (first_log, first), (second_log, second) = map(entries, printed)
+    assert [first_log[-1]["step"], second_log[0]["step"], second_log[-1]["step"]] == [20, 22, 40]
+    for step in range(1, 5):
+        assert second_log[-1][f"loss_{step}"] < first_log[-1][f"loss_{step}"]
+
+    head, *rows = second
+    assert rows[:3] == list(first)[1:4] == ["teacher, dense", "as shipped, dense", "as shipped, sparse"]
+    assert [first[name] for name in rows[:3]] == [second[name] for name in rows[:3]]
+    columns = {name: dict(zip(second[head], cells, strict=True)) for name, cells in second.items()}
+    assert [columns[row]["forwards"] for row in rows] == ["14", "8", "8", "4", "4"]
+    student, undistilled = columns["student after 40 steps, sparse"], columns["as shipped, sparse"]
+    assert student["density"] == undistilled["density"] < "0.6"
+    assert float(student["PSNR"]) > float(undistilled["PSNR"])
+    assert (tmp_path / "weights" / "transformer").is_dir()
+    assert len(json.loads((tmp_path / "evaluation.json").read_text())["rows"]) == 5
