@@ -125,13 +125,17 @@ def kept_blocks(query: Tensor, key: Tensor, density: float) -> tuple[Tensor, Ten
     return levels.sum(dim=-1, dtype=torch.int32), indices
 
 
+def check_same(name: str, found: Tensor, expected: Tensor) -> None:
+    """Raises a RuntimeError where another kernel's result is not that of `pyramid_attention` on the same blocks."""
+    error = float((found.float() - expected.float()).norm() / expected.float().norm())
+    if not error <= 4 * torch.finfo(expected.dtype).eps:  # other blocks would differ by about 1
+        raise RuntimeError(f"its {name} differs by {error:.2g} from that of the same blocks")
+
+
 def checked(call: Call, inputs: Inputs, density: float) -> tuple[Call, float]:
     """Another kernel's call and density, once its output is that of `pyramid_attention` on the same blocks."""
     reference, executed = with_plan(LEVEL_1, inputs, density)
-    expected = reference().float()
-    error = float((call().float() - expected).norm() / expected.norm())
-    if not error <= 4 * torch.finfo(inputs[0].dtype).eps:  # other blocks would differ by about 1
-        raise RuntimeError(f"its output differs by {error:.2g} from that of the same blocks")
+    check_same("output", call(), reference())
     return call, executed
 
 
@@ -151,6 +155,20 @@ def flex(inputs: Inputs, density: float) -> tuple[Call, float]:
     return checked(lambda: attention(*inputs, block_mask=mask), inputs, density)
 
 
+def half_blocks(count: Tensor, indices: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `kept_blocks` found, in blocks of 64 tokens: two for each of ours, on both sides.
+
+    Returns:
+        Their numbers, how many each query block reads, and how many of their tokens are below ``length``, where it ends
+        inside a block of ours; int32.
+    """
+    first = 2 * indices[..., : int(count.max())]
+    halves = torch.stack([first, first + 1], dim=-1).flatten(-2).repeat_interleave(2, dim=-2).contiguous()
+    counts = (2 * count).repeat_interleave(2, dim=-1).contiguous()
+    starts = 64 * torch.arange(counts.shape[-1], dtype=torch.int32, device=count.device)
+    return halves, counts, (length - starts).clamp(0, 64)
+
+
 def fastvideo_kernel() -> Callable[..., tuple[Tensor, Tensor]]:
     """The sm_90 kernel of video sparse attention, by name: the public function may choose another."""
     # The wheel brings a driver library, which need not fit the machine. Found first, the machine's own serves.
@@ -162,13 +180,8 @@ def fastvideo_kernel() -> Callable[..., tuple[Tensor, Tensor]]:
 
 def fastvideo(inputs: Inputs, density: float) -> tuple[Call, float]:
     kernel = fastvideo_kernel()
-    count, indices = kept_blocks(*inputs[:2], density)
-    # Its blocks have 64 tokens: two for each of ours, on both sides.
-    first = 2 * indices[..., : int(count.max())]
-    halves = torch.stack([first, first + 1], dim=-1).flatten(-2).repeat_interleave(2, dim=-2).contiguous()
-    counts = (2 * count).repeat_interleave(2, dim=-1).contiguous()
-    sizes = torch.full((inputs[0].shape[2] // 64,), 64, dtype=torch.int32, device=count.device)
-    return checked(lambda: kernel(*inputs, halves, counts, sizes)[0], inputs, density)
+    blocks = half_blocks(*kept_blocks(*inputs[:2], density), inputs[0].shape[2])
+    return checked(lambda: kernel(*inputs, *blocks)[0], inputs, density)
 
 
 @dataclass(frozen=True)

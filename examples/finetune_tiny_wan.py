@@ -3,30 +3,37 @@
     python examples/finetune_tiny_wan.py --out runs/finetuned --total-minutes 10 --minutes 5
     python examples/finetune_tiny_wan.py --out runs/finetuned --total-minutes 10 --resume
 
-Prints the flow loss on fixed clips and noise for the model as it is shipped, for the same weights with sparse attention
-put on, and for those that were trained with it. The schedule follows the clock: with `--minutes` a run stops early and
-leaves a checkpoint, and `--resume` goes on from it. Takes a GPU; `--smoke` shows anywhere that everything works.
+Compares the model as it is shipped, the same weights with sparse attention put on, and those that were trained with it:
+by the flow loss on fixed clips and noise, by a check of what their videos show, and by PSNR and SSIM against the dense
+videos of the same seeds. The table is printed and its numbers stay in --out. The schedule follows the clock: with
+`--minutes` a run stops early and leaves a checkpoint, and `--resume` goes on from it. Takes a GPU; `--smoke` shows
+anywhere that everything works.
 """
 
 import argparse
-import json
-import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.resources import as_file, files
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from psa_config import BlockSize, MaskRatios, Preset, PyramidSparseAttention, VideoScale
 from psa_integrations import apply_pyramid_sparse_attention
-from psa_integrations.tiny_wan.train import CHECKPOINT, SMOKE, Recipe, Trainer, save_checkpoint
+from psa_integrations.tiny_wan.captions import evaluation_captions
+from psa_integrations.tiny_wan.compare import Comparison
+from psa_integrations.tiny_wan.train import (
+    CHECKPOINT,
+    SMOKE,
+    Recipe,
+    Trainer,
+    add_run_options,
+    check_out,
+    load_checkpoint,
+    train,
+)
 
-RECIPE = Recipe(peak_rate=2e-4, warmup_steps=50)
-SAVE_SECONDS = 60.0
+RECIPE = Recipe(peak_rate=2e-4, warmup_steps=50, check_prompts=32)
+GUIDANCE = 3.0
 
 
 def preset(block: int = 64) -> Preset:
@@ -48,45 +55,25 @@ def preset(block: int = 64) -> Preset:
 
 
 def validate(trainer: Trainer, sparse: Preset | None) -> dict[str, float]:
-    """Validation losses of the moving average, and the density it ran at."""
-    handle = None if sparse is None else apply_pyramid_sparse_attention(trainer.average.transformer, sparse)
-    with handle or nullcontext():
-        found = trainer.validate()
-    return found | {"density": 1.0 if handle is None else round(handle.stats().density, 3)}
+    """Validation losses of the moving average, with sparse attention or without."""
+    with nullcontext() if sparse is None else apply_pyramid_sparse_attention(trainer.average.transformer, sparse):
+        return trainer.validate()
 
 
-def train(trainer: Trainer, out: Path, *, total_seconds: float, seconds: float, max_steps: int | None) -> None:
-    """Steps until this run has lasted `seconds`, the whole schedule is over, or `max_steps` are done."""
-    began, before = time.monotonic(), trainer.seconds
-    saved = began
-    while trainer.steps != max_steps:
-        now = time.monotonic()
-        trainer.seconds = before + now - began
-        if now - began >= seconds or trainer.seconds >= total_seconds:
-            break
-        loss = trainer.step(trainer.seconds / total_seconds)
-        if trainer.steps % trainer.recipe.log_every == 0:
-            report("step", {"step": trainer.steps, "seconds": round(trainer.seconds, 1), "loss": round(loss.item(), 5)})
-        if now - saved >= SAVE_SECONDS:
-            save_checkpoint(trainer, out / CHECKPOINT)
-            saved = now
-
-
-def report(what: str, entry: dict[str, Any]) -> None:
-    print(json.dumps({"what": what, **entry}), flush=True)
+def compare(comparison: Comparison, name: str, trainer: Trainer, sparse: Preset | None) -> None:
+    """A row of the moving average's losses and videos."""
+    losses = validate(trainer, sparse)
+    steps = trainer.recipe.check_steps
+    with trainer.autocast():
+        comparison.add(name, trainer.pipeline(), steps=steps, guidance=GUIDANCE, preset=sparse, losses=losses)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and weights")
-    parser.add_argument("--total-minutes", type=float, default=10.0, help="length of the whole schedule")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop this run after so long")
-    parser.add_argument("--max-steps", type=int, help="stop at this step")
+    add_run_options(parser, total_minutes=10.0)
     parser.add_argument("--tokens", type=int, help="tokens of a batch; less where memory is small")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--smoke", action="store_true", help="a toy run from random weights")
     options = parser.parse_args(argv)
+    check_out(parser, options)
 
     recipe = SMOKE if options.smoke else RECIPE
     if options.tokens:
@@ -95,28 +82,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = Trainer(recipe, torch.device(options.device))
     sparse = preset(block=32 if options.smoke else 64)
     if not options.smoke:
-        with as_file(files("psa_integrations.tiny_wan") / "weights") as weights:
-            trainer.start_from(weights)
-    report("dense, as shipped", validate(trainer, None))
-    report("sparse, training-free", validate(trainer, sparse))
+        trainer.start_from_shipped()
+    comparison = Comparison(evaluation_captions()[: recipe.check_prompts], recipe.sizes[0])
+    compare(comparison, "as shipped, dense", trainer, None)
+    compare(comparison, "as shipped, sparse", trainer, sparse)
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = options.out / CHECKPOINT
     if options.resume:
-        trainer.load_state_dict(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
-    elif checkpoint.exists():
-        parser.error(f"{checkpoint} exists: pass --resume to go on from it, or another --out")
+        load_checkpoint(trainer, options.out / CHECKPOINT)
     with apply_pyramid_sparse_attention(trainer.networks.transformer, sparse):
-        train(
-            trainer,
-            options.out,
-            total_seconds=60 * options.total_minutes,
-            seconds=60 * options.minutes,
-            max_steps=options.max_steps,
-        )
-    save_checkpoint(trainer, checkpoint)
-    trainer.export(options.out / "weights")
-    report(f"sparse, after {trainer.steps} steps", validate(trainer, sparse))
+        train(trainer, options, lambda: validate(trainer, sparse))
+    compare(comparison, f"after {trainer.steps} steps, sparse", trainer, sparse)
+    comparison.write(options.out / "evaluation.json")
+    print(comparison.markdown())
 
 
 if __name__ == "__main__":

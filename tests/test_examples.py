@@ -28,20 +28,62 @@ def test_qwen2_5_vl(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a video is needed, or --tiny" in capsys.readouterr().err
 
 
-def test_fine_tuning_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = runpy.run_path(str(EXAMPLES / "finetune_tiny_wan.py"))["main"]
-    arguments = ["--smoke", "--device", "cpu", "--out", str(tmp_path)]
-    lines = []
+def entries(text: str) -> tuple[list[dict[str, float]], dict[str, list[str]]]:
+    """The log's lines in what a run printed, and its table's rows by name."""
+    lines = text.splitlines()
+    log = [json.loads(line) for line in lines if line.startswith("{")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return log, {name: rest for name, *rest in cells}
+
+
+def run_twice(example: str, out: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What a training example prints when it runs to step 20, and when it is resumed and goes on to step 40."""
+    main = runpy.run_path(str(EXAMPLES / example))["main"]
+    arguments = ["--smoke", "--device", "cpu", "--out", str(out)]
+    printed = []
     for more in (["--max-steps", "20"], ["--max-steps", "40", "--resume"]):
         main([*arguments, *more])
-        lines.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
-    first, second = lines
-    assert first[:2] == second[:2]
-    assert [x["what"] for x in second[:2]] == ["dense, as shipped", "sparse, training-free"]
-    assert first[-1]["what"] == "sparse, after 20 steps"
-    assert second[-1]["what"] == "sparse, after 40 steps"
-    assert second[0]["density"] == 1.0
-    assert second[-1]["density"] == second[1]["density"] < 0.6
-    assert second[-1]["val_low"] < second[1]["val_low"]
-    assert second[-1]["val_high"] < second[1]["val_high"]
+        printed.append(capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "pass --resume" in capsys.readouterr().err
+    return printed
+
+
+def test_fine_tuning_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run_twice("finetune_tiny_wan.py", tmp_path, capsys)
+    (first_log, first), (second_log, second) = map(entries, printed)
+    assert [first_log[-1]["step"], second_log[0]["step"], second_log[-1]["step"]] == [20, 22, 40]
+    shipped = ["as shipped, dense", "as shipped, sparse"]
+    head, *rows = second
+    assert rows == [*shipped, "after 40 steps, sparse"]
+    assert [first[name] for name in shipped] == [second[name] for name in shipped]
+
+    columns = {name: dict(zip(second[head], cells, strict=True)) for name, cells in second.items()}
+    dense, sparse, trained = (columns[row] for row in rows)
+    assert dense["density"] == "1.000"
+    assert trained["density"] == sparse["density"] < "0.6"
+    assert (dense["PSNR"], dense["SSIM"]) == ("", "")
+    for loss in ("val_low", "val_high"):
+        assert float(trained[loss]) < float(sparse[loss])
     assert (tmp_path / "weights" / "transformer").is_dir()
+    assert len(json.loads((tmp_path / "evaluation.json").read_text())["rows"]) == 3
+
+
+def test_distillation_learns_and_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run_twice("distill_tiny_wan.py", tmp_path, capsys)
+    (first_log, first), (second_log, second) = map(entries, printed)
+    assert [first_log[-1]["step"], second_log[0]["step"], second_log[-1]["step"]] == [20, 22, 40]
+    for step in range(1, 5):
+        assert second_log[-1][f"loss_{step}"] < first_log[-1][f"loss_{step}"]
+
+    head, *rows = second
+    assert rows[:3] == list(first)[1:4] == ["teacher, dense", "as shipped, dense", "as shipped, sparse"]
+    assert [first[name] for name in rows[:3]] == [second[name] for name in rows[:3]]
+    columns = {name: dict(zip(second[head], cells, strict=True)) for name, cells in second.items()}
+    assert [columns[row]["forwards"] for row in rows] == ["14", "8", "8", "4", "4"]
+    student, undistilled = columns["student after 40 steps, sparse"], columns["as shipped, sparse"]
+    assert student["density"] == undistilled["density"] < "0.6"
+    assert float(student["PSNR"]) > float(undistilled["PSNR"])
+    assert (tmp_path / "weights" / "transformer").is_dir()
+    assert len(json.loads((tmp_path / "evaluation.json").read_text())["rows"]) == 5

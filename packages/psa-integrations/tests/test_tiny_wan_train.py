@@ -87,6 +87,9 @@ def test_the_command_trains_resumes_exports_and_is_judged(tmp_path: Path, capsys
     with pytest.raises(SystemExit):
         train.main(arguments)
     assert "pass --resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "none"), "--smoke", "--resume"])
+    assert "--resume needs the checkpoint of an earlier run" in capsys.readouterr().err
 
     loaded = load_pipeline(folder=out / "weights")
     assert loaded.transformer.config.num_layers == SMOKE.transformer["num_layers"]

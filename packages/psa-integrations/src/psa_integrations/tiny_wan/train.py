@@ -12,9 +12,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class Trainer:
             warmup = min(1.0, (self.steps + 1) / recipe.warmup_steps)
             group["lr"] = recipe.peak_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
-        loss = self._loss(size)
+        loss = self.loss(size)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
         self.optimizer.step()
@@ -138,7 +139,8 @@ class Trainer:
             torch._foreach_lerp_(list(self.average.parameters()), list(self.networks.parameters()), weight=1 - decay)
         return loss.detach()
 
-    def _loss(self, size: Size) -> torch.Tensor:
+    def loss(self, size: Size) -> torch.Tensor:
+        """The loss of one batch of clips of a size; a subclass may have another."""
         batch, draws = self.recipe.batch(size), self.draws
         clean, ids = draw_batch(batch, size, draws)
         ids = drop_words(ids, draws, caption=self.recipe.drop_caption, word=self.recipe.drop_word)
@@ -220,6 +222,11 @@ class Trainer:
                     else:
                         state[key].copy_(value)
 
+    def start_from_shipped(self) -> None:
+        """Takes over the weights that ship with the package."""
+        with as_file(files(__package__) / "weights") as folder:
+            self.start_from(folder)
+
     def export(self, folder: Path) -> None:
         """Writes the moving average in float16, as `load_pipeline(folder=...)` reads it."""
         copied = copy.deepcopy(self.average).half()
@@ -262,8 +269,17 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
     os.replace(partial, path)
 
 
-def train(trainer: Trainer, out: Path, *, total_seconds: float, seconds: float, max_steps: int | None) -> None:
-    """Steps until this run has lasted `seconds`, the whole schedule is over, or `max_steps` are done."""
+def train(trainer: Trainer, options: argparse.Namespace, check: Callable[[], dict[str, float]] | None = None) -> None:
+    """Steps until this run has lasted its minutes, the whole schedule is over, or `--max-steps` are done.
+
+    Args:
+        trainer: goes on from the state that it is in.
+        options: what `add_run_options` reads; log, checkpoint and weights come to `--out`.
+        check: entries of the log, found now and then and at the end; None validates and judges samples.
+    """
+    out = options.out
+    check = check or (lambda: trainer.validate() | trainer.sample())
+    total_seconds, seconds = 60 * options.total_minutes, 60 * options.minutes
     recipe, began, before = trainer.recipe, time.monotonic(), trainer.seconds
     checked, logged, logged_at = began, trainer.steps, began
     with (out / "log.jsonl").open("a") as log:
@@ -275,7 +291,7 @@ def train(trainer: Trainer, out: Path, *, total_seconds: float, seconds: float, 
             log.flush()
 
         loss = torch.zeros(())
-        while trainer.steps != max_steps:
+        while trainer.steps != options.max_steps:
             now = time.monotonic()
             trainer.seconds = before + now - began
             if now - began >= seconds or trainer.seconds >= total_seconds:
@@ -292,37 +308,55 @@ def train(trainer: Trainer, out: Path, *, total_seconds: float, seconds: float, 
                     raise FloatingPointError(f"the loss is {value} at step {trainer.steps}")
                 logged, logged_at = trainer.steps, now
             if time.monotonic() - checked > recipe.check_seconds:
-                report(**trainer.validate(), **trainer.sample())
+                report(**check())
                 save_checkpoint(trainer, out / CHECKPOINT)
                 checked = time.monotonic()
-        report(loss=round(loss.item(), 5), **trainer.validate(), **trainer.sample())
+        report(loss=round(loss.item(), 5), **check())
+    save_checkpoint(trainer, out / CHECKPOINT)
+    trainer.export(out / "weights")
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, total_minutes: float) -> None:
+    """Adds the options that every kind of training run has."""
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log and weights")
+    parser.add_argument("--total-minutes", type=float, default=total_minutes, help="length of the whole schedule")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop this run after so long")
+    parser.add_argument("--max-steps", type=int, help="stop at this step")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smoke", action="store_true", help="a toy run that only shows that everything works")
+
+
+def check_out(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the command where `--out` and `--resume` do not fit; else the folder is there."""
+    checkpoint = options.out / CHECKPOINT
+    if options.resume and not checkpoint.exists():
+        parser.error(f"--resume needs the checkpoint of an earlier run, but there is no {checkpoint}")
+    if checkpoint.exists() and not options.resume:
+        parser.error(f"{checkpoint} exists: pass --resume to go on from it, or another --out")
+    options.out.mkdir(parents=True, exist_ok=True)
+
+
+def load_checkpoint(trainer: Trainer, path: Path) -> None:
+    trainer.load_state_dict(torch.load(path, map_location=trainer.device, weights_only=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m psa_integrations.tiny_wan.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log and weights")
-    parser.add_argument("--total-minutes", type=float, default=17.0, help="length of the whole schedule")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop this run after so long")
-    parser.add_argument("--max-steps", type=int, help="stop at this step")
+    add_run_options(parser, total_minutes=17.0)
     parser.add_argument("--weights", type=Path, help="start from the weights in this folder, not from random ones")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attention", choices=("default", "cudnn"), default="default")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
-    parser.add_argument("--smoke", action="store_true", help="a toy run that only shows that everything works")
     options = parser.parse_args(argv)
+    check_out(parser, options)
 
     torch.set_float32_matmul_precision("high")
     trainer = Trainer(SMOKE if options.smoke else Recipe(), torch.device(options.device), options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = options.out / CHECKPOINT
     if options.weights:
         trainer.start_from(options.weights)
     if options.resume:
-        trainer.load_state_dict(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
-    elif checkpoint.exists():
-        parser.error(f"{checkpoint} exists: pass --resume to go on from it, or another --out")
+        load_checkpoint(trainer, options.out / CHECKPOINT)
     if options.compile:
         trainer.networks.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     kernels: AbstractContextManager[Any] = contextlib.nullcontext()
@@ -330,15 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         kernels = sdpa_kernel(order, set_priority=True)
     with kernels:
-        train(
-            trainer,
-            options.out,
-            total_seconds=60 * options.total_minutes,
-            seconds=60 * options.minutes,
-            max_steps=options.max_steps,
-        )
-    save_checkpoint(trainer, checkpoint)
-    trainer.export(options.out / "weights")
+        train(trainer, options)
     return 0
 
 
