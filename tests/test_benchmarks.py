@@ -9,7 +9,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize(("name", "rows", "sparse_rows"), [("gpu_prefill", 4, 4), ("dit_forward", 8, 6)])
+@pytest.mark.parametrize(("name", "rows", "sparse_rows"), [("gpu_prefill", 4, 4), ("dit_forward", 45, 36)])
 def test_tiny(
     name: str,
     rows: int,
@@ -29,3 +29,25 @@ def test_tiny(
     sparse = [float(density) for density in found if density != "1.000"]
     assert len(sparse) == sparse_rows
     assert all(0 < density < 1 for density in sparse)
+
+
+def test_forwards_of_several_runs_make_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = importlib.import_module("dit_forward")
+    kept = ["--json", str(tmp_path / "runs.json")]
+    benchmark.main(["--tiny", "--models", "ltx-video,wan2.2-5b", "--commit", "1234567", *kept])
+    benchmark.main(["--tiny", "--models", "wan2.2-5b", "--commit", "89abcde", *kept])
+    capsys.readouterr()
+    benchmark.main(["--models", "none", *kept])
+    page = capsys.readouterr().out
+    assert re.findall(r"^## ([^:]+):.*\n\n(Run \d)", page, re.MULTILINE) == [
+        ("wan2.2-5b", "Run 2"),
+        ("ltx-video", "Run 1"),
+    ]
+    assert re.search(r"^1\. A CPU.*commit 1234567: `.* --tiny --models ltx-video,wan2.2-5b`$", page, re.MULTILINE)
+    assert re.search(r"^2\. A CPU.*commit 89abcde: `.* --tiny --models wan2.2-5b`$", page, re.MULTILINE)
+    with pytest.raises(SystemExit):
+        benchmark.main(["--models", "wan2.2-5b,wan3"])
+    assert "must be none or some of wan2.1-1.3b,cogvideox-5b" in capsys.readouterr().err
