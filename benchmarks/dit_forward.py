@@ -179,8 +179,8 @@ def page(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def about(command: list[str], commit: str | None, *, tiny: bool) -> str:
-    """Where and of what a run is."""
+def about(command: str, commit: str | None, *, tiny: bool) -> str:
+    """Where and of what a run of `command` is; the commit is what git says where it is None."""
     if commit is None:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         commit = git.stdout.strip() or "unknown"
@@ -188,7 +188,7 @@ def about(command: list[str], commit: str | None, *, tiny: bool) -> str:
     return (
         f"{where}, torch {torch.__version__}, Triton {triton.__version__}, diffusers {diffusers.__version__}, "
         f"psa-integrations {psa_integrations.__version__} at commit {commit}: "
-        f"`{' '.join(['python benchmarks/dit_forward.py', *command])}`"
+        f"`{command}`"
     )
 
 
@@ -220,7 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
     runs = json.loads(options.json.read_text())["runs"] if options.json and options.json.exists() else []
     found: dict[str, Any] = {}
     if options.models:
-        command = ["--tiny"] * options.tiny + (["--models", ",".join(options.models)])
+        tiny = "--tiny " if options.tiny else ""
+        command = f"python benchmarks/dit_forward.py {tiny}--models {','.join(options.models)}"
         runs.append({"about": about(command, options.commit, tiny=options.tiny), "models": found})
     with torch.no_grad():
         for name in options.models:

@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,23 @@ def test_forwards_of_several_runs_make_one_table(
     with pytest.raises(SystemExit):
         benchmark.main(["--models", "wan2.2-5b,wan3"])
     assert "must be none or some of wan2.1-1.3b,cogvideox-5b" in capsys.readouterr().err
+
+
+def test_two_processes_make_the_table_of_one_forward(tmp_path: Path) -> None:
+    written = tmp_path / "table.md"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(BENCHMARKS / "dit_parallel.py"), "--tiny", "--commit", "1234567", "--out", str(written)]
+    ran = subprocess.run([*torchrun, *script], capture_output=True, text=True, timeout=200, check=False)
+    assert ran.returncode == 0, ran.stderr
+    table = written.read_text()
+    assert table in ran.stdout
+    assert "768 tokens" in table
+    rows = re.findall(r"^\| ([^|]+) \| \d+ \| \d+ \| [\d.]+x \| [\d.]+x \| (\S+) \|$", table, re.MULTILINE)
+    assert [name for name, _ in rows] == [
+        "dense",
+        "psa_balanced with quotas .10/.05/0/.20",
+        "the same, 16 samples a block",
+        "psa_quality",
+        "psa_fast",
+    ]
+    assert all(float(difference) < 1e-5 for _, difference in rows)
