@@ -123,8 +123,8 @@ def _(query: Tensor, key: Tensor, ticket: Tensor, grid: Sequence[int], of_querie
     return query.new_empty((1 + of_queries, 2, *query.shape[:3]), dtype=torch.int64)
 
 
-# These two are said to change the ticket, or the call would have no effect and be left out. Where a checkpoint computes
-# its part of the graph anew they are.
+# These two are said to change the ticket, or the call would have no effect and be left out. A checkpoint that computes
+# its part of the graph anew leaves them out then.
 @torch.library.custom_op("psa_integrations::count_dense", mutates_args=("ticket",))
 def count_dense(ticket: Tensor) -> None:
     """Notes a dense call."""
