@@ -1,6 +1,7 @@
 """Everything a developer or CI runs. `nox -s demo` makes videos, `nox -s tests` checks it all."""
 
 import shutil
+import tomllib
 from pathlib import Path
 
 import nox
@@ -11,6 +12,12 @@ PACKAGES = ("psa-kernels", "psa-masks", "psa-config", "psa-integrations")
 MODULES = [package.replace("-", "_") for package in PACKAGES]
 SOURCES = [f"packages/{package}/" for package in PACKAGES]
 WHEELS = ROOT / "dist"
+SERIAL = {"OMP_NUM_THREADS": "1"}  # a process uses one core
+# The whole matrix takes minutes; these are what a change of diffusers between its versions would show in.
+OLDEST_TESTS = (
+    "test_every_block_at_level_1 or ((test_sparse_and_removed or test_dense_steps) and not i2v) "
+    "or ((test_first_block_cache or test_compiled_blocks) and wan21 and not i2v)"
+)
 
 nox.options.sessions = ["tests"]
 nox.options.default_venv_backend = "venv"
@@ -32,7 +39,7 @@ def install_packages(session: nox.Session, *extra: str) -> None:
 def test(session: nox.Session, folder: str) -> None:
     """Run the tests in ``folder`` that need no GPU, in a process a core, up to four."""
     options = ("--numprocesses", "auto", "--maxprocesses", "4", "-m", "not gpu")
-    session.run("pytest", folder, *options, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", folder, *options, *session.posargs, env=SERIAL)
 
 
 def build_wheels(session: nox.Session, folder: Path) -> None:
@@ -58,7 +65,7 @@ def tests(session: nox.Session) -> None:
     test(session, "tests")
     for package in PACKAGES:
         session.notify(f"alone({package})")
-    for name in ("lint", "types", "imports", "build"):
+    for name in ("oldest", "lint", "types", "imports", "build"):
         session.notify(name)
 
 
@@ -73,6 +80,20 @@ def alone(session: nox.Session, package: str) -> None:
     install(session, "--find-links", str(folder), f"{wheel}[test]")
     session.run("python", "tests/lib/alone.py", package)
     test(session, f"packages/{package}/tests")
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The oldest diffusers that psa-integrations claims: each form of each model, sparse, dense by steps, compiled."""
+    *others, integrations = (f"packages/{package}" for package in PACKAGES)
+    declared = tomllib.loads((ROOT / integrations / "pyproject.toml").read_text())["project"]["dependencies"]
+    (claimed,) = (what.removeprefix("diffusers>=") for what in declared if what.startswith("diffusers"))
+    editable = [part for path in (*others, f"{integrations}[test]") for part in ("--editable", path)]
+    # Most of what is installed is never imported here.
+    install(session, "--no-compile", *editable, f"diffusers=={claimed}.*")
+    session.run(
+        "pytest", "-q", "-n", "2", "-k", OLDEST_TESTS, f"{integrations}/tests/test_diffusers_matrix.py", env=SERIAL
+    )
 
 
 @nox.session

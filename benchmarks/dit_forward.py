@@ -1,289 +1,238 @@
 """One denoising forward of video transformers, sparse against dense: `python benchmarks/dit_forward.py` on a GPU.
 
-Wan2.1 1.3B and 14B (1280x720, 69 frames) and CogVideoX-5B (720x480, 49 frames) at their real sizes, with random weights
-in bfloat16. Presets go on by `apply_pyramid_sparse_attention`, and a pipeline's scheduler tells the step, so that token
-order, importance, masks and hooks are all in the time. Random weights spread attention almost evenly: quotas keep their
-density, thresholds would not, so the presets here have quotas.
+The models that the `psa` command knows, at their real sizes and with random weights in bfloat16 (`dit_models.py`).
+Presets go on by `apply_pyramid_sparse_attention`, so that token order, importance, masks and hooks are all in the time.
+Random weights spread attention almost evenly: quotas keep their density, thresholds would not, so the presets here have
+quotas.
+
+`--models` runs some of them, and `--json` keeps what several runs found, of which the tables are made; `--models none`
+makes them of the file alone.
 """
 
 import argparse
+import gc
+import json
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import triton
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from dit_models import MODELS, SPECS, Forward, built
+from gpu_lengths import write
 from gpu_prefill import milliseconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import psa_integrations
 from psa_config import MaskRatios, Preset, Samples, load_presets
 from psa_integrations import apply_pyramid_sparse_attention
 
-STEPS = 50
 PAPER = 327 / 176  # seconds a video, dense and sparse, of Wan2.1-1.3B on an H200 (arXiv 2512.04025)
-QUOTAS = {
-    "quotas .10/.05/0/.20": (0.10, 0.15, 0.15, 0.35),
-    "quotas .10/.05/0/.20, 16 samples a block": (0.10, 0.15, 0.15, 0.35),
-    "quotas .09/.05/0/.20, rest as means, 16 samples a block": (0.09, 0.14, 0.14, 0.34),
+QUOTAS = {"1": (0.0, 0.10), "2": (0.10, 0.15), "4": (0.15, 0.15), "8": (0.15, 0.35)}
+SHIPPED = ("psa_quality", "psa_fast")
+DENSE = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+GIB = 2**30
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What is run: a transformer's class and configuration, its latents and text, and the preset to start from."""
-
-    transformer: type
-    config: dict[str, Any]
-    latents: tuple[int, ...]
-    text: tuple[int, int]
-    preset: str
-    repeats: int = 3
-
-    @property
-    def is_wan(self) -> bool:
-        return self.transformer is WanTransformer3DModel
+def presets(name: str) -> dict[str, Preset]:
+    """The model's balanced preset with quotas, which are its own in some models, and its presets that have quotas."""
+    book, model = load_presets(), SPECS[name].presets
+    balanced = book.get(model, "psa_balanced")
+    changes = {"mask_mode": "topk", "mask_ratios": MaskRatios(**QUOTAS), "use_sim_mask": False}
+    by_quotas = balanced.attention.model_copy(update=changes)
+    fewer = by_quotas.model_copy(update={"samples": Samples(q=16, kv=16)})
+    return {
+        "psa_balanced with quotas .10/.05/0/.20": balanced.model_copy(update={"attention": by_quotas}),
+        "the same, 16 samples a block": balanced.model_copy(update={"attention": fewer}),
+    } | {shipped: book.get(model, shipped) for shipped in SHIPPED}
 
 
-WAN = {
-    "num_attention_heads": 12,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 8960,
-    "num_layers": 30,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-}
-COGVIDEOX = {
-    "num_attention_heads": 48,
-    "attention_head_dim": 64,
-    "num_layers": 42,
-    "use_rotary_positional_embeddings": True,
-}
-MODELS = {
-    "Wan2.1-1.3B": Model(
-        transformer=WanTransformer3DModel,
-        config=WAN,
-        latents=(1, 16, 18, 90, 160),
-        text=(512, 4096),
-        preset="Wan2.1_1.3b/psa_balanced",
-    ),
-    "CogVideoX-5B": Model(
-        transformer=CogVideoXTransformer3DModel,
-        config=COGVIDEOX,
-        latents=(1, 13, 16, 60, 90),
-        text=(226, 4096),
-        preset="CogVideo_5b/psa_balanced",
-    ),
-    "Wan2.1-14B": Model(
-        transformer=WanTransformer3DModel,
-        config=WAN | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
-        latents=(1, 16, 18, 90, 160),
-        text=(512, 4096),
-        preset="Wan2.1_14b/psa_balanced",
-        repeats=1,
-    ),
-}
-TINY = {
-    "Wan2.1-1.3B": replace(
-        MODELS["Wan2.1-1.3B"],
-        config=WAN
-        | {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2}
-        | {"text_dim": 32, "ffn_dim": 64},
-        latents=(1, 16, 3, 40, 48),
-        text=(16, 32),
-    ),
-    "CogVideoX-5B": replace(
-        MODELS["CogVideoX-5B"],
-        config=COGVIDEOX
-        | {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "text_embed_dim": 32}
-        | {"max_text_seq_length": 16, "sample_width": 48, "sample_height": 40, "sample_frames": 9},
-        latents=(1, 3, 16, 40, 48),
-        text=(16, 32),
-    ),
-}
+def using(backend: SDPBackend) -> AbstractContextManager[None]:
+    """SDPA by that back-end; what it cannot do, as attention to text under a mask, by another."""
+    order = [backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(list(dict.fromkeys(order)), set_priority=True)
 
 
-def build(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
-    """A pipeline of the transformer and its scheduler alone, set up for a run."""
-    before = torch.get_default_dtype()
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            transformer = model.transformer(**model.config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-    keep = tuple(transformer._keep_in_fp32_modules or ())
-    for name, parameter in transformer.named_parameters():  # those that diffusers loads in float32
-        if any(part in keep for part in name.split(".")):
-            parameter.data = parameter.data.float()
-    if model.is_wan:
-        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-        pipeline = WanPipeline(
-            tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler
-        )
-    else:
-        pipeline = CogVideoXPipeline(
-            tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=CogVideoXDDIMScheduler()
-        )
-    pipeline.scheduler.set_timesteps(STEPS, device=device)
-    return pipeline
+def backends(name: str, run: Forward, device: torch.device) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+    """The dense back-ends that can do the model's self-attention, each a context to run in.
 
-
-def forward(model: Model, pipeline: Any, device: torch.device, dtype: torch.dtype) -> Callable[[int], torch.Tensor]:
-    """One call of the transformer as the pipeline makes it, at a step."""
-    generator = torch.Generator(device).manual_seed(1)
-    latents = torch.randn(model.latents, generator=generator, device=device).to(dtype)
-    text = torch.randn(1, *model.text, generator=generator, device=device).to(dtype)
-    more = {}
-    if not model.is_wan:
-        frames, _, height, width = model.latents[1:]
-        more["image_rotary_emb"] = pipeline._prepare_rotary_positional_embeddings(8 * height, 8 * width, frames, device)
-
-    def run(step: int) -> torch.Tensor:
-        timestep = pipeline.scheduler.timesteps[step].expand(1)
-        out: torch.Tensor = pipeline.transformer(
-            hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False, **more
-        )[0]
-        return out
-
-    return run
-
-
-def presets(model: Model) -> dict[str, Preset]:
-    """The model's balanced preset with quotas; warm-up steps are its own, and samples unless named: 32 a block."""
-    named, name = model.preset.split("/")
-    base = load_presets().get(named, name)
+    The last of them is there for models whose attention has a mask, which FlashAttention-2 has not.
+    """
+    if device.type != "cuda":
+        return {"SDPA": nullcontext}
+    config, masked = run.transformer.config, MODELS[name].masked
+    shape = (1, config.num_attention_heads, run.grid.seq_len, config.attention_head_dim)
+    query = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    mask = torch.ones(1, 1, 1, run.grid.seq_len, dtype=torch.bool, device=device) if masked else None
     found = {}
-    for label, (one, two, four, eight) in QUOTAS.items():
-        ratios = MaskRatios(**{"1": (0.0, one), "2": (one, two), "4": (two, four), "8": (four, eight)})
-        changes = {"mask_mode": "topk", "mask_ratios": ratios, "use_sim_mask": False}
-        changes["skip"] = "mean" if "means" in label else "drop"
-        if "16 samples" in label:
-            changes["samples"] = Samples(q=16, kv=16)
-        found[label] = base.model_copy(update={"attention": base.attention.model_copy(update=changes)})
+    for label, backend in DENSE.items():
+        if label == "memory-efficient" and not masked:
+            continue
+        try:
+            with sdpa_kernel(backend):
+                scaled_dot_product_attention(query, query, query, attn_mask=mask)
+        except RuntimeError as error:  # torch says so where no kernel of the back-end takes the call
+            print(f"{name}: no {label}: {error}", file=sys.stderr)
+            continue
+        found[label] = partial(using, backend)
     return found
 
 
-def backends(device: torch.device) -> dict[str, Any]:
-    """The dense back-ends of SDPA, each a context to run in."""
-    if device.type != "cuda":
-        return {"SDPA": nullcontext}
-    return {
-        "cuDNN": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
-        "FlashAttention-2": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-    }
+def timed(run: Forward, device: torch.device, repeats: int) -> dict[str, float | None]:
+    """Milliseconds of a forward, and the most memory allocated in it; for one forward before all is set up."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    assert run().isfinite().all(), "the output must be finite"
+    took = milliseconds(run, device, repeats, warm=False)
+    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+    return {"ms": took, "peak_gib": peak}
 
 
-@contextmanager
-def built(
-    model: Model, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[Any, Callable[[int], torch.Tensor]]]:
-    """The pipeline and its forward; their memory is free again after."""
-    pipeline = build(model, device, dtype)
-    try:
-        yield pipeline, forward(model, pipeline, device, dtype)
-    finally:
-        pipeline.transformer.to("meta")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def measure(name: str, model: Model, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The table of one model."""
-    with built(model, device, dtype) as (pipeline, run):
-        parameters = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
-        dense = {}
-        for backend, context in backends(device).items():
+def measure(name: str, device: torch.device, dtype: torch.dtype, *, tiny: bool) -> dict[str, Any]:
+    """What `table` makes one of."""
+    repeats, steps = 1 if tiny else MODELS[name].repeats, SPECS[name].defaults.steps
+    with built(name, device, dtype, tiny=tiny) as run:
+        choices = backends(name, run, device)
+        rows: list[dict[str, Any]] = []
+        for label, context in choices.items():
             with context():
-                assert run(0).isfinite().all(), f"{name} gives no finite numbers with {backend}"
-                dense[backend] = milliseconds(lambda: run(0), device, model.repeats, warm=False)
-        best = min(dense.values())
-        rows = []
-        for backend, time in dense.items():
-            rows.append(f"| {backend} | 1.000 | {time:.0f} | {best / time:.2f}x | {best / time:.2f}x |")
-        for label, preset in presets(model).items():
-            with apply_pyramid_sparse_attention(pipeline, preset) as handle, next(iter(backends(device).values()))():
-                warmup = preset.attention.warmup_steps
-                assert run(warmup).isfinite().all(), f"{name} gives no finite numbers with {label}"
-                handle.reset_stats()
-                sparse = milliseconds(lambda first=warmup: run(first), device, model.repeats, warm=False)
+                rows.append({"attention": label, "density": 1.0, **timed(run, device, repeats)})
+        for label, preset in presets(name).items():
+            warmup = preset.attention.warmup_steps
+            with (
+                apply_pyramid_sparse_attention(run.transformer, preset) as handle,
+                next(iter(choices.values()))(),
+                handle.at_step(warmup, steps),
+            ):
+                row = {"attention": label, **timed(run, device, repeats)}
                 stats = handle.stats()
                 assert stats.dense_steps() == [], "the step measured must be sparse"
-                handle.reset_stats()
-                if model.repeats > 1:
-                    run(warmup - 1)
-                    assert handle.stats().dense_steps() == [warmup - 1], "the step before it must be dense"
-            whole = STEPS * best / (warmup * best + (STEPS - warmup) * sparse)
-            rows.append(f"| {label} | {stats.density:.3f} | {sparse:.0f} | {best / sparse:.2f}x | {whole:.2f}x |")
-        order = "in the preset's token order" if preset.attention.use_rearrange else "in the model's token order"
-    fastest = min(dense, key=dense.__getitem__)
-    return [
-        f"## {name}: {parameters / 1e9:.2f} B parameters, {token_count(model):,} tokens, batch 1, {str(dtype)[6:]}",
+                ordered = preset.attention.use_rearrange
+                rows.append(row | {"density": stats.density, "warmup": warmup, "ordered": ordered})
+        return {
+            "parameters": sum(parameter.numel() for parameter in run.transformer.parameters()),
+            "tokens": run.grid.seq_len,
+            "dtype": str(dtype)[6:],
+            "steps": steps,
+            "repeats": repeats,
+            "rows": rows,
+        }
+
+
+def table(name: str, found: dict[str, Any], run: str) -> list[str]:
+    """Of one model; `run` says which run it is of."""
+    dense = [row for row in found["rows"] if row["density"] == 1.0]
+    fastest = min(dense, key=lambda row: row["ms"])
+    lines = [
+        f"## {name}: {found['parameters'] / 1e9:.2f} B parameters, {found['tokens']:,} tokens, {found['dtype']}",
         "",
-        f"Sparse rows {order}; {warmup} of {STEPS} steps dense.",
+        f"{run}; medians of {found['repeats']}.",
         "",
-        f"| self-attention | density | ms a forward | against {fastest} | {STEPS} steps against {fastest} |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
+        f"| self-attention | density | token order | ms a forward | peak GiB | against {fastest['attention']} "
+        f"| {found['steps']} steps |",
+        "|---|---|---|---|---|---|---|",
     ]
+    for row in found["rows"]:
+        steps, warmup = found["steps"], row.get("warmup", 0)
+        whole = steps * fastest["ms"] / (warmup * fastest["ms"] + (steps - warmup) * row["ms"])
+        peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+        order = "the preset's" if row.get("ordered") else "the model's"
+        of_steps = f"{whole:.2f}x" + (f", {warmup} dense" if warmup else "")
+        lines.append(
+            f"| {row['attention']} | {row['density']:.3f} | {order} | {row['ms']:.0f} | {peak} "
+            f"| {fastest['ms'] / row['ms']:.2f}x | {of_steps} |"
+        )
+    return [*lines, ""]
 
 
-def token_count(model: Model) -> int:
-    """Tokens of the self-attention: of video, and in CogVideoX of text."""
-    frames, height, width = (model.latents[i] for i in ((2, 3, 4) if model.is_wan else (1, 3, 4)))
-    return frames * (height // 2) * (width // 2) + (0 if model.is_wan else model.text[0])
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, action="append", help="one of them, may be repeated")
-    parser.add_argument("--tiny", action="store_true", help="small models, on the CPU, to see that it runs")
-    parser.add_argument("--out", type=Path, help="also write the tables to this file")
-    options = parser.parse_args(arguments)
-    if not options.tiny and not torch.cuda.is_available():
-        sys.exit("dit_forward needs an NVIDIA GPU, or --tiny")
-    models = TINY if options.tiny else MODELS
-    device = torch.device("cpu" if options.tiny else "cuda")
-    dtype = torch.float32 if options.tiny else torch.bfloat16
-    where = "a CPU" if options.tiny else f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}"
+def page(runs: list[dict[str, Any]]) -> str:
+    """The tables of all runs; of a model measured twice the last one."""
+    latest = {name: number for number, run in enumerate(runs, start=1) for name in run["models"]}
     lines = [
         "# One denoising forward of video transformers",
         "",
-        f"{where}, torch {torch.__version__}, Triton {triton.__version__}, diffusers {diffusers.__version__}, "
-        f"psa-integrations {psa_integrations.__version__}. Random weights; medians of a few forwards.",
-        "Command: `python benchmarks/dit_forward.py`. All is in the time: token order, importance, masks, hooks.",
-        "Density is what was executed. The last column weighs dense and sparse steps as the preset mixes them, without",
-        f"text encoder and VAE. The paper has {PAPER:.2f}x for whole videos of Wan2.1-1.3B at density 0.09 on an H200.",
+        "Random weights, batch 1, videos of the size that `psa generate` takes for the model. All is in the time:",
+        "token order, importance, masks, hooks. Density is what was executed. Peak is the most memory allocated, the",
+        "transformer's weights included and no other part of the pipeline. The last column weighs dense and sparse",
+        f"steps as the preset mixes them, without text encoder and VAE. The paper has {PAPER:.2f}x for whole videos of",
+        "Wan2.1-1.3B at density 0.09 on an H200.",
+        "",
+        *(f"{number}. {run['about']}" for number, run in enumerate(runs, start=1) if number in latest.values()),
         "",
     ]
-    print("\n".join(lines), flush=True)
+    for name in MODELS:
+        if name in latest:
+            lines += table(name, runs[latest[name] - 1]["models"][name], f"Run {latest[name]}")
+    return "\n".join(lines)
+
+
+def about(command: str, commit: str | None, *, tiny: bool) -> str:
+    """Where and of what a run of `command` is; the commit is what git says where it is None."""
+    if commit is None:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or "unknown"
+    where = "A CPU" if tiny else f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}"
+    return (
+        f"{where}, torch {torch.__version__}, Triton {triton.__version__}, diffusers {diffusers.__version__}, "
+        f"psa-integrations {psa_integrations.__version__} at commit {commit}: "
+        f"`{command}`"
+    )
+
+
+def chosen(text: str) -> list[str]:
+    """The models that `--models` names."""
+    names = [] if text == "none" else text.split(",")
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"must be none or some of {','.join(MODELS)}, got {unknown[0]}")
+    return names
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", type=chosen, default=list(MODELS), help="with commas between; none: measure nothing"
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no model after this time")
+    parser.add_argument("--tiny", action="store_true", help="small models, on the CPU, to see that it runs")
+    parser.add_argument("--commit", help="what is measured, where git does not know")
+    parser.add_argument("--json", type=Path, help="raw numbers of this run and of those that the file has")
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
+    options = parser.parse_args(arguments)
+    if options.models and not options.tiny and not torch.cuda.is_available():
+        sys.exit("dit_forward needs an NVIDIA GPU, or --tiny")
+    start = time.monotonic()
+    device = torch.device("cpu" if options.tiny else "cuda")
+    dtype = torch.float32 if options.tiny else torch.bfloat16
+    runs = json.loads(options.json.read_text())["runs"] if options.json and options.json.exists() else []
+    found: dict[str, Any] = {}
+    if options.models:
+        tiny = "--tiny " if options.tiny else ""
+        command = f"python benchmarks/dit_forward.py {tiny}--models {','.join(options.models)}"
+        runs.append({"about": about(command, options.commit, tiny=options.tiny), "models": found})
     with torch.no_grad():
-        for name in options.model or models:
-            if name not in models:
-                parser.error(f"--tiny has no {name}")
-            table = measure(name, models[name], device, dtype)
-            print("\n".join(table), flush=True)
-            lines += table
-            if options.out:
-                options.out.write_text("\n".join(lines))
+        for name in options.models:
+            if time.monotonic() - start > options.seconds:
+                print(f"no time left for {name}", file=sys.stderr)
+                continue
+            found[name] = measure(name, device, dtype, tiny=options.tiny)
+            write(options.json, json.dumps({"runs": runs}, indent=1) + "\n")
+            write(options.out, page(runs))
+    write(options.out, page(runs))
+    print(page(runs))
 
 
 if __name__ == "__main__":

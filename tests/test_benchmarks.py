@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import gpu_backward
@@ -14,7 +15,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize(("name", "rows", "sparse_rows"), [("gpu_prefill", 4, 4), ("dit_forward", 8, 6)])
+@pytest.mark.parametrize(("name", "rows", "sparse_rows"), [("gpu_prefill", 4, 4), ("dit_forward", 45, 36)])
 def test_tiny(
     name: str,
     rows: int,
@@ -83,3 +84,45 @@ def test_another_kernel_that_fails_becomes_a_remark(
 def test_what_fails_in_the_process_is_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_backward.report_fastvideo("C") == 1
     assert re.match(r"\w+Error: ", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_forwards_of_several_runs_make_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = importlib.import_module("dit_forward")
+    kept = ["--json", str(tmp_path / "runs.json")]
+    benchmark.main(["--tiny", "--models", "ltx-video,wan2.2-5b", "--commit", "1234567", *kept])
+    benchmark.main(["--tiny", "--models", "wan2.2-5b", "--commit", "89abcde", *kept])
+    capsys.readouterr()
+    benchmark.main(["--models", "none", *kept])
+    page = capsys.readouterr().out
+    assert re.findall(r"^## ([^:]+):.*\n\n(Run \d)", page, re.MULTILINE) == [
+        ("wan2.2-5b", "Run 2"),
+        ("ltx-video", "Run 1"),
+    ]
+    assert re.search(r"^1\. A CPU.*commit 1234567: `.* --tiny --models ltx-video,wan2.2-5b`$", page, re.MULTILINE)
+    assert re.search(r"^2\. A CPU.*commit 89abcde: `.* --tiny --models wan2.2-5b`$", page, re.MULTILINE)
+    with pytest.raises(SystemExit):
+        benchmark.main(["--models", "wan2.2-5b,wan3"])
+    assert "must be none or some of wan2.1-1.3b,cogvideox-5b" in capsys.readouterr().err
+
+
+def test_two_processes_make_the_table_of_one_forward(tmp_path: Path) -> None:
+    written = tmp_path / "table.md"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(BENCHMARKS / "dit_parallel.py"), "--tiny", "--commit", "1234567", "--out", str(written)]
+    ran = subprocess.run([*torchrun, *script], capture_output=True, text=True, timeout=200, check=False)
+    assert ran.returncode == 0, ran.stderr
+    table = written.read_text()
+    assert table in ran.stdout
+    assert "768 tokens" in table
+    rows = re.findall(r"^\| ([^|]+) \| \d+ \| \d+ \| [\d.]+x \| [\d.]+x \| (\S+) \|$", table, re.MULTILINE)
+    assert [name for name, _ in rows] == [
+        "dense",
+        "psa_balanced with quotas .10/.05/0/.20",
+        "the same, 16 samples a block",
+        "psa_quality",
+        "psa_fast",
+    ]
+    assert all(float(difference) < 1e-5 for _, difference in rows)

@@ -75,6 +75,31 @@ def alone(timestep_a_token: bool, dtype: torch.dtype, device: str) -> torch.Tens
         return two_steps(handle, model, inputs(timestep_a_token, dtype, device))
 
 
+def sparse_gradients(handle: AppliedAttention, model: Any, call: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of the projections of a sparse layer, behind a dense one and another sparse one, [3, C, C]."""
+    first = model.blocks[0].attn1
+    weights = [projection.weight.requires_grad_() for projection in (first.to_q, first.to_k, first.to_v)]
+    with handle.at_step(1, 2):
+        model(**call, return_dict=False)[0].square().mean().backward()
+    return torch.stack([weight.grad for weight in weights])
+
+
+def gradients_alone(dtype: torch.dtype, device: str) -> torch.Tensor:
+    model = transformer(dtype, device)
+    with apply_pyramid_sparse_attention(model, PRESET) as handle:
+        return sparse_gradients(handle, model, inputs(False, dtype, device))
+
+
+def gradients_in_parallel(size: int, device: str) -> torch.Tensor:
+    """Each process has those of its part of the output: together they are those of all of it."""
+    model = transformer(torch.float32, device)
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size))
+    with apply_pyramid_sparse_attention(model, PRESET) as handle:
+        gradients = sparse_gradients(handle, model, inputs(False, torch.float32, device))
+    dist.all_reduce(gradients)
+    return gradients
+
+
 def in_parallel(case: str, size: int, device: str) -> torch.Tensor:
     model, call = transformer(torch.float32, device), inputs(CASES[case], torch.float32, device)
     config = ContextParallelConfig(ulysses_degree=size)
@@ -96,13 +121,13 @@ def main() -> None:
         torch.accelerator.device_count = lambda: 1  # diffusers divides by it
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=120))
     found = {case: [in_parallel(case, size, device).cpu()] for case in CASES}
+    found["gradients"] = [gradients_in_parallel(size, device).cpu()]
     dist.destroy_process_group()
     if rank == 0:
+        places = ((torch.float64, "cpu"), (torch.float32, device))  # float64 on the CPU: Triton has no kernels for it
+        found["gradients"] += [gradients_alone(*place).cpu() for place in places]
         for case, timestep_a_token in CASES.items():
-            # In float64 on the CPU: Triton has no kernels for it.
-            found[case] += [
-                alone(timestep_a_token, *where).cpu() for where in ((torch.float64, "cpu"), (torch.float32, device))
-            ]
+            found[case] += [alone(timestep_a_token, *place).cpu() for place in places]
     torch.save(found, folder / f"{rank}.pt")
 
 

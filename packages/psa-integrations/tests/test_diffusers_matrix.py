@@ -110,13 +110,13 @@ class SparseSteps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.step = 0
         self.seen: set[int] = set()
-        attend = site.sparse_attention
+        attend = site.attend_by
 
         def note(*args: Any, **options: Any) -> Any:
             self.seen.add(self.step)
             return attend(*args, **options)
 
-        monkeypatch.setattr(site, "sparse_attention", note)
+        monkeypatch.setattr(site, "attend_by", note)
 
     def of_run(self, pipeline: Any, form: str, **options: Any) -> list[int]:
         self.step, self.seen = 0, set()

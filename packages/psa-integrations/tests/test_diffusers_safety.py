@@ -192,6 +192,27 @@ def test_context_parallelism_that_cannot_be_served_is_refused_or_run_dense(
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cogvideox_5b", "no plan to cut it"),
+        ("mochi", "no plan to cut it"),
+        ("hunyuan", "no plan to cut it"),
+        ("ltx", "fails under it where there is a text mask"),
+    ],
+)
+def test_context_parallelism_of_other_models_is_refused_with_the_reason(
+    name: str, reason: str, build: Build, run: Run, make_preset: MakePreset
+) -> None:
+    pipeline = build(name)
+    pipeline.transformer._parallel_config = SimpleNamespace(
+        context_parallel_config=ContextParallelConfig(ulysses_degree=2)
+    )
+    assert ("no plan" in reason) == (getattr(pipeline.transformer, "_cp_plan", None) is None)
+    with apply_pyramid_sparse_attention(pipeline, make_preset((1.0,) * 4, warmup_steps=3)):
+        assert steps_before_the_error(run, pipeline, UnsupportedError, f"context parallelism.*{reason}") == 0
+
+
 def test_settings_of_the_dense_attention_reach_the_models_own_processor(build: Build, sparse: Preset) -> None:
     transformer = build("wan21").transformer
     attention = transformer.blocks[0].attn1

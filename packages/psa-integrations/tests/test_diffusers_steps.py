@@ -23,13 +23,13 @@ class SparseSteps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.step = 0
         self.seen: list[int] = []
-        attend = site.sparse_attention
+        attend = site.attend_by
 
         def note(*args: Any, **options: Any) -> Any:
             self.seen.append(self.step)
             return attend(*args, **options)
 
-        monkeypatch.setattr(site, "sparse_attention", note)
+        monkeypatch.setattr(site, "attend_by", note)
 
     def of_run(self, run: Callable[..., torch.Tensor], pipeline: Any, **options: Any) -> list[int]:
         self.step, self.seen = 0, []

@@ -104,6 +104,52 @@ def test_checkpointed_cogvideox_blocks_too(build_transformer: Callable[..., Any]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("method", "whole", "checkpoints"),
+    [("Gilbert", True, True), ("Semantic", False, False), ("Hybrid", False, True)],
+)
+def test_compiled_transformers_have_the_gradients_of_eager_ones(
+    method: str,
+    whole: bool,
+    checkpoints: bool,
+    build_transformer: Callable[..., Any],
+    wan_call: Call,
+    make_preset: Callable[..., Preset],
+) -> None:
+    """Of a dense step and a sparse one. In float64, so that sums in another order are far below float32's rounding."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    transformer = build_transformer("wan").train().double()
+    call = {name: x.double() if x.is_floating_point() else x for name, x in wan_call.items()}
+    options = {"rearrange_method": method, "num_clusters": 9, "dense_layers": (0,) if whole else ()}
+    preset = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1, **options)
+    with apply_pyramid_sparse_attention(transformer, preset) as handle:
+
+        def two_steps() -> list[dict[str, torch.Tensor]]:
+            handle.reset_stats()
+            found = []
+            for step in range(2):
+                with handle.at_step(step, 2):
+                    found.append(gradients(transformer, [call]))
+            return found
+
+        expected = two_steps()
+        stats = handle.stats()
+        if checkpoints:
+            transformer.enable_gradient_checkpointing()
+        compile_it = transformer.compile if whole else transformer.compile_repeated_blocks
+        compile_it(fullgraph=True, backend="aot_eager")
+        found = two_steps()
+        assert handle.stats() == stats
+    torch._dynamo.reset()
+    for step in range(2):
+        assert found[step].keys() == expected[step].keys()
+        for name, gradient in expected[step].items():
+            assert (found[step][name] - gradient).abs().max() <= torch.finfo(torch.float32).eps * gradient.abs().max()
+    dense, sparse = (step["blocks.1.attn1.to_v.weight"] for step in expected)
+    assert (dense - sparse).abs().max() > 1e-3 * dense.abs().max()
+
+
 def test_the_module_passes_gradients(sparse: Preset) -> None:
     grid = VideoGrid(frames=2, height=8, width=8)
     module = PyramidAttention(sparse, grid)

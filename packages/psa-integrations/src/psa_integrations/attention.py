@@ -39,7 +39,6 @@ def sparse_attention(
     kv_lengths: Tensor | None = None,
     order: Callable[[Tensor, Tensor], AttentionOrder] | None = None,
     impl: str | None = None,
-    on_levels: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the levels that `policy` gives to the block pairs.
 
@@ -53,7 +52,6 @@ def sparse_attention(
         order: gives the order of queries and that of keys and values, from the two; the output is in that of the
             caller. None leaves all as it comes. Keys that do not exist must stay behind the others.
         impl: implementation of every operator, see psa_kernels.pyramid_attention.
-        on_levels: called with the levels, int8 [B, H, num_q_blocks, num_kv_blocks].
 
     Where the dtypes differ, as after a norm or a rotary table kept in float32, query and key are cast to the
     dtype of value, which is the one the model computes in.
@@ -72,33 +70,71 @@ def sparse_attention(
             raise ValueError("policy must not be causal where tokens are reordered, got is_causal True")
         orders = order(query, key)
         query, key, value = orders.apply(query, key, value)
+    plan = plan_of(query, key, policy, scale=scale, kv_lengths=kv_lengths, impl=impl)
+    out = attend_by(plan, query, key, value, scale=scale, kv_lengths=kv_lengths, impl=impl)
+    return out if orders is None else orders.undo(out), plan.density()
+
+
+def plan_of(
+    query: Tensor,
+    key: Tensor,
+    policy: MaskPolicy,
+    *,
+    scale: float | None = None,
+    kv_lengths: Tensor | None = None,
+    impl: str | None = None,
+    on_levels: Callable[[Tensor], None] | None = None,
+) -> LevelPlan:
+    """What `policy` wants executed of the attention of `query` and `key`, of one dtype.
+
+    `on_levels` is called with the levels, int8 [B, H, num_q_blocks, num_kv_blocks]; the other arguments are as in
+    `sparse_attention`.
+    """
     levels = policy(query, key, scale=scale, kv_lengths=kv_lengths, impl=impl)
     if on_levels is not None:
         on_levels(levels)
-    layout = BlockLayout(
-        query.shape[2],
-        key.shape[2],
+    return LevelPlan.from_levels(levels, block_layout(policy, query.shape[2], key.shape[2]), impl=impl)
+
+
+def block_layout(policy: MaskPolicy, q_len: int, kv_len: int) -> BlockLayout:
+    """The blocks that `policy` cuts sequences into."""
+    return BlockLayout(
+        q_len,
+        kv_len,
         block_q=policy.block_q,
         block_kv=policy.block_kv,
         num_levels=policy.num_levels,
         is_causal=policy.is_causal,
     )
-    plan = LevelPlan.from_levels(levels, layout, impl=impl)
+
+
+def attend_by(
+    plan: LevelPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    kv_lengths: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Attention of what `plan` holds, [B, H, q_len, D]; tensors of one dtype, arguments as in `sparse_attention`."""
+    layout = plan.layout
     out = pyramid_attention(
         query,
         key,
         value,
         plan,
-        block_q=policy.block_q,
-        block_kv=policy.block_kv,
-        is_causal=policy.is_causal,
+        block_q=layout.block_q,
+        block_kv=layout.block_kv,
+        is_causal=layout.is_causal,
         scale=scale,
         kv_lengths=kv_lengths,
-        num_levels=policy.num_levels,
+        num_levels=layout.num_levels,
         impl=impl,
     )
     assert isinstance(out, Tensor)
-    return out if orders is None else orders.undo(out), plan.density()
+    return out
 
 
 class PyramidAttention(nn.Module):

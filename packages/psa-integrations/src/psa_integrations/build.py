@@ -84,6 +84,11 @@ def token_order(attention: PyramidSparseAttention, grid: VideoGrid) -> TokenOrde
     return cube_order(grid, attention.tile_size, along=_CUBES_ALONG[attention.cubes_along])
 
 
+def orders_by_cluster(attention: PyramidSparseAttention) -> bool:
+    """Whether each attention makes token orders of its own."""
+    return attention.use_rearrange and attention.rearrange_method in ("Semantic", "Hybrid")
+
+
 def cluster_orders(
     attention: PyramidSparseAttention, grid: VideoGrid, *, base: TokenOrder | None = None
 ) -> ClusterOrders | None:
@@ -97,7 +102,7 @@ def cluster_orders(
     Raises:
         ValueError: if there are more clusters than video tokens.
     """
-    if not attention.use_rearrange or attention.rearrange_method not in ("Semantic", "Hybrid"):
+    if not orders_by_cluster(attention):
         return None
     if attention.num_clusters > grid.video_len:
         raise ValueError(

@@ -90,8 +90,8 @@ class Adapter(ABC):
     processor_classes: tuple[type, ...]
     """The processors of the self-attention that this package can stand in for."""
 
-    context_parallel: bool = False
-    """Whether the token order can follow a sequence that diffusers has cut over several processes."""
+    no_context_parallel: str | None
+    """Why a sequence that diffusers has cut over several processes cannot be followed, None where it can."""
 
     @abstractmethod
     def attentions(self, transformer: Any) -> list[Any]:

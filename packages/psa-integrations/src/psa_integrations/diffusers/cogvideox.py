@@ -23,6 +23,7 @@ class CogVideoXAdapter(Adapter):
     """CogVideoXTransformer3DModel: text first in its self-attention, frames before channels in its input."""
 
     processor_classes = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
+    no_context_parallel = "diffusers has no plan to cut it, and its own attention joins no parts in dense steps"
 
     def attentions(self, transformer: Any) -> list[Any]:
         return [block.attn1 for block in transformer.transformer_blocks]

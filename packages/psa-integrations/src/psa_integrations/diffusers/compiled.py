@@ -3,17 +3,21 @@
 What they do depends on the layer, the step and the grid, and none of these may be read where a graph is traced, or
 there would be one graph for each. So a layer is named by a tensor, its ticket, and the rest is looked up when the
 operator runs.
+
+Where gradients are wanted, only what has none is an operator of ours: the orders by cluster and the plan. The attention
+itself is then traced, and has the gradients of psa_kernels.
 """
 
 from collections.abc import Sequence
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from psa_masks import TokenOrder, VideoGrid
+from psa_kernels import LevelPlan
+from psa_masks import AttentionOrder, HeadOrder, TokenOrder, VideoGrid
 
 
 class Site(Protocol):
@@ -23,6 +27,17 @@ class Site(Protocol):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, kv_lengths: Tensor | None, grid: VideoGrid | None
     ) -> Tensor:
         """Sparse attention of a layer; the grid None is that of the forward under way."""
+
+    def cluster_orders_in(self, layer: int, query: Tensor, key: Tensor, grid: VideoGrid | None) -> AttentionOrder:
+        """The orders by cluster of a layer."""
+
+    def plan_in(
+        self, layer: int, query: Tensor, key: Tensor, kv_lengths: Tensor | None, grid: VideoGrid | None
+    ) -> LevelPlan:
+        """What a layer is to execute."""
+
+    def count_sparse(self, layer: int, density: Tensor) -> None:
+        """Notes a sparse call of a layer."""
 
     def count_dense(self, layer: int) -> None:
         """Notes a dense call of a layer."""
@@ -35,11 +50,11 @@ _SITES: WeakValueDictionary[int, Site] = WeakValueDictionary()
 _NUMBERS = count()
 
 
-def tickets(site: Site, layers: int) -> list[Tensor]:
-    """One for each layer, int64 [2] on the CPU, where reading them waits for nothing."""
+def tickets(site: Site, how_many: int) -> list[Tensor]:
+    """That many, one a layer, int64 [2] on the CPU, where reading them waits for nothing."""
     number = next(_NUMBERS)
     _SITES[number] = site
-    return [torch.tensor([number, layer], device="cpu") for layer in range(layers)]
+    return [torch.tensor([number, layer], device="cpu") for layer in range(how_many)]
 
 
 @torch.library.custom_op("psa_integrations::attend", mutates_args=())
@@ -59,7 +74,57 @@ def _(
     return value.new_empty(query.shape)
 
 
-# Said to change the ticket, or the call would have no effect and be left out.
+@torch.library.custom_op("psa_integrations::plan", mutates_args=())
+def plan(
+    query: Tensor,
+    key: Tensor,
+    kv_lengths: Tensor | None,
+    ticket: Tensor,
+    grid: Sequence[int],
+    num_q_blocks: int,
+    num_kv_blocks: int,
+    num_levels: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`indices` and `offsets` of the LevelPlan of a layer, and its density; `grid` as in `attend`."""
+    number, layer = ticket.tolist()
+    found = _SITES[number].plan_in(layer, query, key, kv_lengths, _grid(grid) if grid else None)
+    return found.indices, found.offsets, found.density()
+
+
+@plan.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    kv_lengths: Tensor | None,
+    ticket: Tensor,
+    grid: Sequence[int],
+    num_q_blocks: int,
+    num_kv_blocks: int,
+    num_levels: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = query.shape[:2]
+    indices = query.new_empty((*heads, num_q_blocks, num_kv_blocks), dtype=torch.int32)
+    offsets = query.new_empty((*heads, num_q_blocks, num_levels + 1), dtype=torch.int32)
+    return indices, offsets, query.new_empty(heads, dtype=torch.float32)
+
+
+@torch.library.custom_op("psa_integrations::clusters", mutates_args=())
+def clusters(query: Tensor, key: Tensor, ticket: Tensor, grid: Sequence[int], of_queries: bool) -> Tensor:
+    """The orders of a layer's tokens by cluster, int64 [S, 2, B, H, L]: each the order and its inverse, of the keys,
+    and behind it with `of_queries` of the queries. `grid` as in `attend`."""
+    number, layer = ticket.tolist()
+    orders = _SITES[number].cluster_orders_in(layer, query, key, _grid(grid) if grid else None)
+    sides = (orders.key, orders.query) if of_queries else (orders.key,)
+    return torch.stack([torch.stack((side.order, side.inverse)) for side in sides if isinstance(side, HeadOrder)])
+
+
+@clusters.register_fake
+def _(query: Tensor, key: Tensor, ticket: Tensor, grid: Sequence[int], of_queries: bool) -> Tensor:
+    return query.new_empty((1 + of_queries, 2, *query.shape[:3]), dtype=torch.int64)
+
+
+# These two are said to change the ticket, or the call would have no effect and be left out. A checkpoint that computes
+# its part of the graph anew leaves them out then.
 @torch.library.custom_op("psa_integrations::count_dense", mutates_args=("ticket",))
 def count_dense(ticket: Tensor) -> None:
     """Notes a dense call."""
@@ -69,6 +134,18 @@ def count_dense(ticket: Tensor) -> None:
 
 @count_dense.register_fake
 def _(ticket: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("psa_integrations::count_sparse", mutates_args=("ticket",))
+def count_sparse(ticket: Tensor, density: Tensor) -> None:
+    """Notes a sparse call, of which `attend` itself takes note."""
+    number, layer = ticket.tolist()
+    _SITES[number].count_sparse(layer, density)
+
+
+@count_sparse.register_fake
+def _(ticket: Tensor, density: Tensor) -> None:
     return None
 
 
@@ -82,6 +159,19 @@ def reorder(x: Tensor, ticket: Tensor, grid: Sequence[int], dim: int, undo: bool
 @reorder.register_fake
 def _(x: Tensor, ticket: Tensor, grid: Sequence[int], dim: int, undo: bool) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _keep_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ticket, *ctx.where = inputs
+    ctx.save_for_backward(ticket)
+
+
+def _reorder_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    grid, dim, undo = ctx.where
+    return reorder(gradient, *ctx.saved_tensors, grid, dim, not undo), None, None, None, None
+
+
+reorder.register_autograd(_reorder_gradient, setup_context=_keep_order)
 
 
 class OrderInGraph:

@@ -26,6 +26,7 @@ class HunyuanVideoAdapter(Adapter):
     """
 
     processor_classes = (HunyuanVideoAttnProcessor2_0,)
+    no_context_parallel = "diffusers has no plan to cut it, whose mask is over video and text together"
 
     def attentions(self, transformer: Any) -> list[Any]:
         return [block.attn for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]

@@ -25,6 +25,8 @@ class LTXAdapter(Adapter):
     where the video starts from an image."""
 
     processor_classes = (LTXVideoAttnProcessor,)
+    # Seen with diffusers 0.38 and 0.42: the mask holds every head, and the exchange gives the attention a part of them.
+    no_context_parallel = "diffusers' own attention to the text fails under it where there is a text mask"
 
     def attentions(self, transformer: Any) -> list[Any]:
         return [block.attn1 for block in transformer.transformer_blocks]

@@ -22,6 +22,7 @@ class MochiAdapter(Adapter):
     """MochiTransformer3DModel: text behind the video in its self-attention, its padding left out sample by sample."""
 
     processor_classes = (MochiAttnProcessor2_0,)
+    no_context_parallel = "diffusers has no plan to cut it, and its own attention joins no parts in dense steps"
 
     def attentions(self, transformer: Any) -> list[Any]:
         return [block.attn1 for block in transformer.transformer_blocks]

@@ -55,9 +55,27 @@ class Ulysses:
 
     def _exchange(self, parts: Tensor) -> Tensor:
         """Sends entry i of the first dimension to process i, and returns what each process sent here."""
+        return _exchange(parts, self.group)
+
+
+class _Exchange(torch.autograd.Function):
+    """Entry i of the first dimension to process i. Gradients go back the way the numbers came: the same again."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
+        ctx.group = group
         received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(received, parts.contiguous(), group=self.group)
+        dist.all_to_all_single(received, parts.contiguous(), group=group)
         return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _exchange(gradient, ctx.group), None
+
+
+def _exchange(parts: Tensor, group: Any) -> Tensor:
+    received: Tensor = _Exchange.apply(parts, group)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    return received
 
 
 def ulysses_of(transformer: Any) -> Ulysses | None:
@@ -66,19 +84,19 @@ def ulysses_of(transformer: Any) -> Ulysses | None:
     return None if config is None else Ulysses(config._ulysses_mesh.get_group())
 
 
-def parallel_problem(transformer: Any, heads: int, supported: bool, tokens: int) -> str | None:
+def parallel_problem(transformer: Any, heads: int, refusal: str | None, tokens: int) -> str | None:
     """What keeps the sparse op from the context parallelism that is on, None where nothing does or none is on.
 
     Args:
         heads: of the self-attention.
-        supported: whether the model's token order can follow a sequence in parts.
+        refusal: why a sequence in parts cannot be followed in this model, None where it can.
         tokens: of the sequence.
     """
     config = _config(transformer)
     if config is None:
         return None
-    if not supported:
-        return "context parallelism gives each device a part of the sequence only"
+    if refusal is not None:
+        return f"context parallelism does not go with this model: {refusal}"
     if config.ring_degree > 1:
         return (
             f"context parallelism by ring attention (ring_degree {config.ring_degree}) never has a whole sequence in "

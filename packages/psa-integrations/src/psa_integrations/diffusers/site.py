@@ -13,16 +13,26 @@ from torch.compiler import disable, is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
-from psa_integrations.attention import check_device, sparse_attention
-from psa_integrations.build import cluster_orders, mask_policy, sparse_attention_of, token_order
+from psa_integrations.attention import attend_by, block_layout, check_device, plan_of
+from psa_integrations.build import cluster_orders, mask_policy, orders_by_cluster, sparse_attention_of, token_order
 from psa_integrations.clusters import ClusterOrders
 from psa_integrations.diffusers.adapter import Adapter, Order, Processor
-from psa_integrations.diffusers.compiled import OrderInGraph, attend, count_dense, sizes, tickets
+from psa_integrations.diffusers.compiled import (
+    OrderInGraph,
+    attend,
+    clusters,
+    count_dense,
+    count_sparse,
+    plan,
+    sizes,
+    tickets,
+)
 from psa_integrations.diffusers.parallel import parallel_problem, ulysses_of
 from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import StatsRecorder
 from psa_integrations.steps import Step, StepFinder, is_dense_step
-from psa_masks import MaskPolicy, TokenOrder, VideoGrid
+from psa_kernels import LevelPlan
+from psa_masks import AttentionOrder, MaskPolicy, TokenOrder, VideoGrid
 
 OnUnsupported = Literal["raise", "dense"]
 
@@ -87,6 +97,8 @@ class TransformerSite:
         self.level_recorder: LevelRecorder | None = None
         self._adapter = adapter
         self._sparse = sparse_attention_of(preset)
+        # How sequences are cut, whatever their grid.
+        self._blocks = None if self._sparse is None else mask_policy(self._sparse)
         self._finder = finder
         self._stats = stats
         self._on_unsupported = on_unsupported
@@ -94,7 +106,7 @@ class TransformerSite:
         self._signature = inspect.signature(type(transformer).forward)
         self._names = tuple(self._signature.parameters)[1:]
         self._begin_outside = self._begin_eager
-        self._tickets: list[Tensor] = []
+        self._order_ticket: Tensor | None = None
         self.active = False
         # Whether the next forward is dense, None where only the call itself will tell.
         self._announced: bool | None = None
@@ -142,10 +154,11 @@ class TransformerSite:
     def install(self) -> None:
         """Sets the processors and the hooks."""
         attentions = self._adapter.attentions(self.transformer)
-        self._tickets = tickets(self, len(attentions))
+        # One more for the token order, whose gradients keep it: those of the layers count as written to.
+        *of_layers, self._order_ticket = tickets(self, len(attentions) + 1)
         for layer, attention in enumerate(attentions):
             processor = self._adapter.processor(attention.processor, self, layer)
-            processor.ticket, processor.dense = self._tickets[layer], layer in self._dense_layers
+            processor.ticket, processor.dense = of_layers[layer], layer in self._dense_layers
             attention.processor = processor
             self._processors.append((attention, processor))
         self._hooks = [
@@ -201,14 +214,61 @@ class TransformerSite:
         if not self._recomputing:
             self._stats.dense((self.name, self._step, layer))
 
+    def count_sparse(self, layer: int, density: Tensor) -> None:
+        """Notes a sparse call of a layer and what it executes."""
+        if not self._recomputing:
+            self._stats.sparse((self.name, self._step, layer), density)
+
     def attend(
         self, processor: Processor, query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None = None
     ) -> Tensor:
         if is_compiling():
             grid = self._current.in_graph if self._current is not None else ()
+            if query.requires_grad or key.requires_grad or value.requires_grad:
+                return self._attend_with_gradients(processor.ticket, query, key, value, kv_lengths, grid)
             out: Tensor = attend(query, key, value, kv_lengths, processor.ticket, grid)
             return out
         return self.attend_in(processor.layer, query, key, value, kv_lengths)
+
+    def _attend_with_gradients(
+        self,
+        ticket: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_lengths: Tensor | None,
+        grid: tuple[int, ...],
+    ) -> Tensor:
+        """`attend` where it is traced: what chooses is an operator, what has gradients is seen by the compiler."""
+        assert self._sparse is not None
+        if ulysses_of(self.transformer) is not None:
+            raise UnsupportedError(
+                f"{self.name} is compiled under context parallelism, which passes no gradients on: train it uncompiled"
+            )
+        assert self._blocks is not None
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        inverse = None
+        if orders_by_cluster(self._sparse):
+            of_queries = self._sparse.rearrange_method == "Semantic"
+            orders = clusters(query.detach(), key.detach(), ticket, grid, of_queries)
+            key, value = _by_head(key, orders[0, 0]), _by_head(value, orders[0, 0])
+            if of_queries:
+                query, inverse = _by_head(query, orders[1, 0]), orders[1, 1]
+        layout = block_layout(self._blocks, query.shape[2], key.shape[2])
+        indices, offsets, density = plan(
+            query.detach(),
+            key.detach(),
+            kv_lengths,
+            ticket,
+            grid,
+            layout.num_q_blocks,
+            layout.num_kv_blocks,
+            layout.num_levels,
+        )
+        count_sparse(ticket, density)
+        chosen = LevelPlan(indices, offsets, layout)
+        out = attend_by(chosen, query, key, value, kv_lengths=kv_lengths, impl=self._impl)
+        return out if inverse is None else _by_head(out, inverse)
 
     def attend_in(
         self,
@@ -220,8 +280,7 @@ class TransformerSite:
         grid: VideoGrid | None = None,
     ) -> Tensor:
         """Sparse attention of a layer; the grid None is that of the forward under way."""
-        forward = self._current if grid is None else self._forward(grid)
-        assert forward is not None
+        forward = self._forward_of(grid)
         attend_to_all = partial(self._attend_to_all, layer, forward, kv_lengths)
         ulysses = ulysses_of(self.transformer)
         return attend_to_all(query, key, value) if ulysses is None else ulysses.attend(query, key, value, attend_to_all)
@@ -229,25 +288,44 @@ class TransformerSite:
     def _attend_to_all(
         self, layer: int, forward: SparseForward, kv_lengths: Tensor | None, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        orders = None
+        if forward.clusters is not None:
+            orders = forward.clusters(query, key, step=self._step, layer=layer, impl=self._impl)
+            query, key, value = orders.apply(query, key, value)
+        chosen = self._plan(layer, forward, query, key, kv_lengths)
+        self.count_sparse(layer, chosen.density())
+        out = attend_by(chosen, query, key, value, kv_lengths=kv_lengths, impl=self._impl)
+        return out if orders is None else orders.undo(out)
+
+    def cluster_orders_in(self, layer: int, query: Tensor, key: Tensor, grid: VideoGrid | None) -> AttentionOrder:
+        """The orders by cluster of a layer; the grid None is that of the forward under way."""
+        forward = self._forward_of(grid)
+        assert forward.clusters is not None
+        return forward.clusters(query, key, step=self._step, layer=layer, impl=self._impl)
+
+    def plan_in(
+        self, layer: int, query: Tensor, key: Tensor, kv_lengths: Tensor | None, grid: VideoGrid | None
+    ) -> LevelPlan:
+        """What a layer is to execute; the grid None is that of the forward under way."""
+        return self._plan(layer, self._forward_of(grid), query, key, kv_lengths)
+
+    def _plan(
+        self, layer: int, forward: SparseForward, query: Tensor, key: Tensor, kv_lengths: Tensor | None
+    ) -> LevelPlan:
         assert forward.policy is not None
         if query.shape[2] != forward.grid.seq_len:
             raise ValueError(
                 f"the self-attention of layer {layer} must get the {forward.grid.seq_len} tokens of "
                 f"{forward.grid}, which is what the input of the transformer has, got {query.shape[2]}"
             )
-        place = (self.name, self._step, layer)
-        order, take = None, None
-        if forward.clusters is not None:
-            order = partial(forward.clusters, step=self._step, layer=layer, impl=self._impl)
-        elif self.level_recorder is not None:  # in orders of each head's own, a map would say nothing of the video
+        take = None
+        # In orders of each head's own, a map would say nothing of the video.
+        if self.level_recorder is not None and forward.clusters is None:
             assert forward.order is None or isinstance(forward.order, TokenOrder)
+            place = (self.name, self._step, layer)
             take = self.level_recorder.taker(place, grid=forward.grid, order=forward.order, policy=forward.policy)
-        out, density = sparse_attention(
-            query, key, value, forward.policy, kv_lengths=kv_lengths, order=order, impl=self._impl, on_levels=take
-        )
-        if not self._recomputing:
-            self._stats.sparse(place, density)
-        return out
+        return plan_of(query, key, forward.policy, kv_lengths=kv_lengths, impl=self._impl, on_levels=take)
 
     def order_of(self, grid: VideoGrid) -> TokenOrder:
         """The order of the video tokens of `grid`."""
@@ -314,7 +392,8 @@ class TransformerSite:
             self._supported("the call does not say how many frames, rows and columns of tokens it has")
             return None
         assert self._sparse is not None
-        order = OrderInGraph(self._tickets[0], grid) if self._sparse.use_rearrange else None
+        assert self._order_ticket is not None
+        order = OrderInGraph(self._order_ticket, grid) if self._sparse.use_rearrange else None
         self._current = SparseForward(grid, None, order, in_graph=tuple(sizes(grid)))
         if order is not None:
             self._adapter.order_call(call, order)
@@ -382,6 +461,11 @@ class TransformerSite:
             self.transformer._gradient_checkpointing_func = self._checkpoint
             self._checkpoint = None
 
+    def _forward_of(self, grid: VideoGrid | None) -> SparseForward:
+        forward = self._current if grid is None else self._forward(grid)
+        assert forward is not None
+        return forward
+
     def _forward(self, grid: VideoGrid) -> SparseForward:
         assert self._sparse is not None
         if grid not in self._forwards:
@@ -418,7 +502,7 @@ class TransformerSite:
         problem = parallel_problem(
             module,
             heads=self._adapter.attentions(module)[0].heads,
-            supported=self._adapter.context_parallel,
+            refusal=self._adapter.no_context_parallel,
             tokens=0 if grid is None else grid.seq_len,
         )
         if problem is not None:
@@ -456,3 +540,8 @@ class TransformerSite:
         self._cache_context = cache_context
         # Through __dict__, as a plain attribute of this instance that shadows the method of its class.
         self.transformer.__dict__["cache_context"] = cache_context
+
+
+def _by_head(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of `x` [B, H, L, D] in the order of each head, int64 [B, H, L]."""
+    return x.take_along_dim(order[..., None], dim=2)

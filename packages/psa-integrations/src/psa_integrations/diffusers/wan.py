@@ -24,7 +24,7 @@ class WanAdapter(Adapter):
     """WanTransformer3DModel: no text in its self-attention, `[batch, token]` timesteps in TI2V-5B."""
 
     processor_classes = (WanAttnProcessor,)
-    context_parallel = True
+    no_context_parallel = None
 
     def attentions(self, transformer: Any) -> list[Any]:
         return [block.attn1 for block in transformer.blocks]

@@ -3,7 +3,8 @@
 Both recompute the weights of a tile from the log-sum-exp, and nothing is added up but in the registers of one program.
 The rows of a level lie side by side, so a program for keys and values takes a tile of them: part of a block, or
 several blocks, of which each query block then reads some. Levels 2 and up come first and leave what each token of a row
-gets in the row's own place, in the dtype of the inputs; the program of a tile of tokens adds that of its rows to its own.
+gets in the row's own place, in the dtype of the inputs; the program of a tile of tokens adds that of its rows to its
+own.
 """
 
 import torch
