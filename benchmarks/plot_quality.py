@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_lengths import text
+from quality_equal_time import equal_time_table
 from quality_metrics import MAX_PSNR, geometric_interval, interval
 from quality_policies import ROWS, Row
 from quality_report import about_text, fill, parts_of_page, points_of
@@ -243,6 +244,15 @@ def merged(paths: Iterable[Path]) -> dict[str, Any]:
     return results
 
 
+def texts_of(results: Mapping[str, Any]) -> dict[str, str]:
+    """The text of each marked part of docs/quality.md that the results have numbers for."""
+    texts = parts_of_page(results, ROWS)
+    if {"attention", "fields"} <= results.keys():
+        pages = (Path(__file__).with_name("results") / name for name in ("gpu_orders.md", "gpu_attention.md"))
+        texts["equal-time"] = equal_time_table(results, ROWS, *(page.read_text() for page in pages))
+    return texts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, nargs="+", help="what quality.py --json wrote")
@@ -253,7 +263,7 @@ def main() -> None:
         if name in DRAW:
             (options.docs / f"quality-{name}.svg").write_text(DRAW[name](part, ROWS))
     page = options.docs / "quality.md"
-    page.write_text(fill(page.read_text(), parts_of_page(results, ROWS)))
+    page.write_text(fill(page.read_text(), texts_of(results)))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ MOST_TURNS = 1 << 16
 SLACK = 1e-6
 """Of the squared errors of a query block's means: a change that gains less may be rounding, and go on for ever."""
 FURTHEST = 0.25
-"""A head's path ends where it spends this part of its share."""
+"""A head's path ends where it spends this part of its share, beyond what means cost."""
+HALVINGS = 60
+"""Of an interval of prices: enough for the last bit of a float64."""
 
 
 def contributions(
@@ -78,7 +80,7 @@ class Moves:
     """What the change adds to the sum of ``2**(1 - level)`` over all pairs of blocks."""
 
 
-class Refinement:
+class Coarsening:
     """One head's changes from level 1 everywhere towards block means alone, at rising prices of work.
 
     Args:
@@ -174,14 +176,23 @@ def _levels_within(budget: float, heads: Sequence[Moves], layout: BlockLayout, n
     return names[choice].view(len(heads), layout.num_q_blocks, layout.num_kv_blocks)
 
 
-def levels_by_true_error(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, density: float, *, share: str = "layer"
-) -> Tensor:
+def _choices(query: Tensor, key: Tensor, layout: BlockLayout) -> tuple[list[int], Tensor, Tensor]:
+    """Levels to choose from, finest first, the same as int8, and their work over that of level 1 in float64."""
+    for name, length, block in (("query", query.shape[2], layout.block_q), ("key", key.shape[2], layout.block_kv)):
+        if length % block:
+            raise ValueError(f"{name} must have a multiple of {block} tokens, got {length}")
+    coarsest = layout.block_kv.bit_length()
+    levels = [1, *(level for level in POOLED if level < coarsest), coarsest]
+    names = torch.tensor(levels, dtype=torch.int8, device=query.device)
+    return levels, names, 2.0 ** (1 - names.double())
+
+
+def levels_by_true_error(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, density: float) -> Tensor:
     """The map of least error to dense attention that a search finds, skipped blocks read as their mean.
 
     Args:
         query, key, value: ``[B, H, L, D]``, L a multiple of both blocks.
-        density: executed over dense work, shared by the heads of a sample, or with ``share="head"`` of each of them.
+        density: executed over dense work, shared by the heads of a sample; more than ``1 / block_kv``.
 
     Returns:
         int8 ``[B, H, num_q_blocks, num_kv_blocks]`` of levels 1 to 4 and that of a whole block.
@@ -189,43 +200,31 @@ def levels_by_true_error(
     Raises:
         ValueError: L is no multiple of a block.
     """
-    for name, length, block in (("query", query.shape[2], layout.block_q), ("key", key.shape[2], layout.block_kv)):
-        if length % block:
-            raise ValueError(f"{name} must have a multiple of {block} tokens, got {length}")
-    coarsest = layout.block_kv.bit_length()
-    levels = [1, *(level for level in POOLED if level < coarsest), coarsest]
-    names = torch.tensor(levels, dtype=torch.int8, device=query.device)
-    costs = 2.0 ** (1 - names.double())
-    batch, heads = query.shape[:2]
+    levels, names, costs = _choices(query, key, layout)
+    furthest = float(costs[-1]) + FURTHEST * (density - float(costs[-1]))
     found = []
-    for b in range(batch):
-        moves = [
-            Refinement(
-                *contributions(*(x[b, h].float() for x in (query, key, value)), layout, levels), layout, costs
-            ).walk(FURTHEST * density)
-            for h in range(heads)
-        ]
-        groups = [moves] if share == "layer" else [[one] for one in moves]
-        found += [_levels_within(density, group, layout, names) for group in groups]
-    return torch.cat(found).view(batch, heads, layout.num_q_blocks, layout.num_kv_blocks)
+    for b in range(query.shape[0]):
+        paths = []
+        for h in range(query.shape[1]):
+            errors, masses = contributions(*(x[b, h].float() for x in (query, key, value)), layout, levels)
+            paths.append(Coarsening(errors, masses, layout, costs).walk(furthest))
+        found.append(_levels_within(density, paths, layout, names))
+    return torch.stack(found)
 
 
 def levels_by_block_error(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, density: float) -> Tensor:
-    """The best map by a score of each block alone: its own true squared error at each level, as if errors did not meet.
+    """The best map by scores of each block alone: its own squared error at each level, as if errors did not meet.
 
-    Arguments and result are those of `levels_by_true_error`, each head spending ``density``.
+    Arguments and result are those of `levels_by_true_error`, but each head spends ``density``.
     """
-    coarsest = layout.block_kv.bit_length()
-    levels = [1, *(level for level in POOLED if level < coarsest), coarsest]
-    names = torch.tensor(levels, dtype=torch.int8, device=query.device)
-    costs = 2.0 ** (1 - names.double())
+    levels, names, costs = _choices(query, key, layout)
     found = []
     for b in range(query.shape[0]):
         for h in range(query.shape[1]):
             errors, _ = contributions(*(x[b, h].float() for x in (query, key, value)), layout, levels)
             squares = errors.square().sum(dim=-1).unflatten(0, (layout.num_q_blocks, -1)).sum(dim=1)
-            low, high = 0.0, float(squares.max()) * 2.0 ** layout.block_kv.bit_length()
-            for _ in range(60):  # halvings of the price, to the last bit
+            low, high = 0.0, float(squares.max()) * layout.block_kv
+            for _ in range(HALVINGS):
                 price = (low + high) / 2
                 if float(costs[(squares + price * costs).argmin(dim=-1)].mean()) <= density:
                     high = price

@@ -8,20 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from quality_oracle import levels_by_block_error, levels_by_true_error
+from quality_choosers import CHOOSERS
 from torch import Tensor
 
 from psa_kernels import BlockLayout, pyramid_attention
-from psa_masks import (
-    MaskPolicy,
-    TokenOrder,
-    VideoGrid,
-    cube_order,
-    gilbert_order,
-    levels_by_quota,
-    semantic_order,
-    skip_to_mean,
-)
+from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order, semantic_order
 
 BLOCK = 64
 PAPER = (0.10, 0.15, 0.15, 0.35)
@@ -36,8 +27,6 @@ CLUSTERS = 64
 Settings = Mapping[str, Any]
 Order = Callable[[VideoGrid, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Grid, query and key ``[B, H, L, D]`` to the orders of the queries and of the keys, int64 ``[L]`` or ``[B, H, L]``."""
-Chooser = Callable[[MaskPolicy, BlockLayout, Tensor, Tensor, Tensor], Tensor]
-"""Policy, layout, query, key and value in the order of their blocks to levels."""
 
 
 def fixed(make: Callable[[VideoGrid], TokenOrder]) -> Order:
@@ -68,46 +57,6 @@ ORDERS: dict[str, Order] = {
     "cubes 1x8x8": fixed(lambda grid: cube_order(grid, (1, 8, 8))),
     "semantic": semantic,
     "hybrid": hybrid,
-}
-
-
-def by_error(levels_by: Callable[..., Tensor], **options: str) -> Chooser:
-    """Levels by the error that they make, which takes dense attention to know: a bound, and no policy."""
-
-    def choose(policy: MaskPolicy, layout: BlockLayout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        assert policy.density is not None, "rows of a bound have a density"
-        return levels_by(query, key, value, layout, policy.density, **options)
-
-    return choose
-
-
-def by_plain_sample(policy: MaskPolicy, layout: BlockLayout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Quotas by the max of the softmax over samples drawn from a whole block each, not from strata of it."""
-    generator = torch.Generator().manual_seed(policy.seed)
-    samples_q, samples_kv = policy.samples_q, policy.samples_kv
-    assert samples_q is not None, "rows of plain samples say how many"
-    assert samples_kv is not None, "rows of plain samples say how many"
-
-    def drawn(x: Tensor, block: int, samples: int) -> Tensor:
-        """``[B, H, blocks * samples, D]``; a whole number of blocks."""
-        within = torch.rand(x.shape[2] // block, block, generator=generator).argsort(dim=1)[:, :samples]
-        first = torch.arange(0, x.shape[2], block)[:, None]
-        return x.index_select(2, (first + within).flatten().to(x.device)).float()
-
-    sampled_q = drawn(query, layout.block_q, samples_q)
-    sampled_k = drawn(key, layout.block_kv, samples_kv)
-    weights = (sampled_q @ sampled_k.mT * query.shape[3] ** -0.5).softmax(dim=-1)
-    pairs = weights.unflatten(3, (-1, samples_kv)).unflatten(2, (-1, samples_q))
-    levels = levels_by_quota(pairs.amax(dim=(3, 5)), policy.bounds)
-    return skip_to_mean(levels, layout.block_kv) if policy.skip == "mean" else levels
-
-
-CHOOSERS: dict[str, Chooser] = {
-    "policy": lambda policy, layout, query, key, value: policy(query, key),
-    "plain sample": by_plain_sample,
-    "true error": by_error(levels_by_true_error),
-    "true error, a head": by_error(levels_by_true_error, share="head"),
-    "true error of blocks": by_error(levels_by_block_error),
 }
 
 
@@ -188,17 +137,16 @@ ROWS: tuple[Row, ...] = (
     Row("thresholds + tail", threshold(skip="mean"), FRONTIER, sweep=scaled(THRESHOLDS, 0.4, 0.7, 1.2), videos=True),
     Row("budget", budget(reduction="mean"), FRONTIER, sweep=DENSITIES, videos=True),
     Row("budget + tail", budget(reduction="error", skip="mean"), FRONTIER, sweep=DENSITIES, videos=True),
-    Row(
-        "levels by the true error",
-        budget(skip="mean"),
-        BOUNDS,
-        choose="true error",
-        sweep=DENSITIES[:2],
-        base=WITH_TAIL,
-    ),
-    Row("levels by the true error, by head", budget(skip="mean"), BOUNDS, choose="true error, a head", base=WITH_TAIL),
-    Row(
-        "levels by each block's true error", budget(skip="mean"), BOUNDS, choose="true error of blocks", base=WITH_TAIL
+    Row("levels by the true error", budget(skip="mean"), BOUNDS, choose="true error", base=WITH_TAIL),
+    *(
+        Row(
+            f"levels by each block's true error{more}",
+            budget(skip="mean", **blocks),
+            BOUNDS,
+            choose="true error of blocks",
+            base=WITH_TAIL,
+        )
+        for more, blocks in (("", {}), (", 16 queries by 16 keys", {"block_q": 16, "block_kv": 16}))
     ),
     Row("quotas + tail, every token", tailed(samples_q=BLOCK, samples_kv=BLOCK), BOUNDS, base=WITH_TAIL),
     Row("level 1 for 4% + tail", quota((0.04,), skip="mean"), CHOICES, base=QUOTAS, videos=True),
@@ -207,6 +155,17 @@ ROWS: tuple[Row, ...] = (
     Row("quotas, 8 samples", quota(PAPER, samples_q=8, samples_kv=8), CHOICES, base=QUOTAS),
     Row("quotas, 32 samples", quota(PAPER, samples_q=32, samples_kv=32), CHOICES, base=QUOTAS),
     Row("quotas + tail, error", tailed(reduction="error"), CHOICES, base=WITH_TAIL, videos=True),
+    *(
+        Row(
+            f"quotas + tail, error of values, {n} samples",
+            tailed(samples_q=n, samples_kv=n),
+            CHOICES,
+            choose="error of values",
+            base=WITH_TAIL,
+            videos=n == 16,
+        )
+        for n in (16, 32)
+    ),
     Row("quotas + tail, 8 samples", tailed(samples_q=8, samples_kv=8), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, 32 samples", tailed(samples_q=32, samples_kv=32), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, antidiagonals", tailed(method="antidiagonal"), CHOICES, base=WITH_TAIL, videos=True),

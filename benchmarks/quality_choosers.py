@@ -1,0 +1,93 @@
+"""Ways to choose levels that no policy of psa-masks offers: bounds, and what was tried and left out."""
+
+from collections.abc import Callable
+
+import torch
+from quality_oracle import levels_by_block_error, levels_by_true_error
+from torch import Tensor
+
+from psa_kernels import BlockLayout
+from psa_kernels.block_importance.sampling import draw_positions
+from psa_masks import MaskPolicy, levels_by_quota, skip_to_mean
+
+Chooser = Callable[[MaskPolicy, BlockLayout, Tensor, Tensor, Tensor], Tensor]
+"""Policy, layout, query, key and value ``[B, H, L, D]`` in the order of their blocks to levels. All but "policy" want a
+whole number of blocks."""
+
+
+def by_error(levels_by: Callable[[Tensor, Tensor, Tensor, BlockLayout, float], Tensor]) -> Chooser:
+    """Levels by the error that they make, which takes dense attention to know: a bound, and no policy."""
+
+    def choose(policy: MaskPolicy, layout: BlockLayout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        assert policy.density is not None, "rows of a bound have a density"
+        return levels_by(query, key, value, layout, policy.density)
+
+    return choose
+
+
+def samples_of(policy: MaskPolicy) -> tuple[int, int]:
+    """Samples of a query and of a KV block."""
+    assert policy.samples_q is not None, "these rows say how many samples"
+    assert policy.samples_kv is not None, "these rows say how many samples"
+    return policy.samples_q, policy.samples_kv
+
+
+def by_quota(scores: Tensor, policy: MaskPolicy) -> Tensor:
+    levels = levels_by_quota(scores, policy.bounds)
+    return skip_to_mean(levels, policy.block_kv) if policy.skip == "mean" else levels
+
+
+def by_plain_sample(policy: MaskPolicy, layout: BlockLayout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Quotas by the max of the softmax over samples drawn from a whole block each, not from strata of it."""
+    generator = torch.Generator().manual_seed(policy.seed)
+    samples_q, samples_kv = samples_of(policy)
+
+    def drawn(x: Tensor, block: int, samples: int) -> Tensor:
+        """``[B, H, blocks * samples, D]``."""
+        within = torch.rand(x.shape[2] // block, block, generator=generator).argsort(dim=1)[:, :samples]
+        first = torch.arange(0, x.shape[2], block)[:, None]
+        return x.index_select(2, (first + within).flatten().to(x.device)).float()
+
+    sampled_q, sampled_k = drawn(query, layout.block_q, samples_q), drawn(key, layout.block_kv, samples_kv)
+    weights = (sampled_q @ sampled_k.mT * query.shape[3] ** -0.5).softmax(dim=-1)
+    pairs = weights.unflatten(3, (-1, samples_kv)).unflatten(2, (-1, samples_q))
+    return by_quota(pairs.amax(dim=(3, 5)), policy)
+
+
+def by_error_of_values(policy: MaskPolicy, layout: BlockLayout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Quotas by the error that a block's mean makes in the output, estimated from samples of values too.
+
+    The samples that the operator draws attend to each other. A block's score is the root mean square, over its sampled
+    queries, of the norm of its sampled values less the output, by the weights that they have less those that they would
+    have with their mean logit and mean value.
+    """
+    samples_q, samples_kv = samples_of(policy)
+    blocks = layout.block_q, layout.block_kv
+    q_at, kv_at = draw_positions(
+        layout.q_len, layout.kv_len, None, *blocks, samples_q, samples_kv, policy.seed, query.device
+    )
+    scores = torch.empty(*query.shape[:2], layout.num_q_blocks, layout.num_kv_blocks, device=query.device)
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            sampled_q = query[b, h, q_at[0].flatten().long()].float()
+            keys, values = (x[b, h, kv_at[0].flatten().long()].float() for x in (key, value))
+            logits = sampled_q @ keys.mT * query.shape[3] ** -0.5
+            weights = logits.softmax(dim=-1)
+            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            of_mean = samples_kv * (logits.unflatten(1, (-1, samples_kv)).mean(dim=-1) - normaliser).exp()
+            of_block = weights.unflatten(1, (-1, samples_kv)).transpose(0, 1)  # [kv blocks, sampled queries, samples]
+            by_block = values.unflatten(0, (-1, samples_kv))
+            total = of_block @ by_block - of_mean.mT[..., None] * by_block.mean(dim=1, keepdim=True)
+            surplus = of_block.sum(dim=-1) - of_mean.mT
+            error = total - surplus[..., None] * (weights @ values)
+            scores[b, h] = error.square().sum(dim=-1).unflatten(1, (-1, samples_q)).mean(dim=-1).sqrt().mT
+    return by_quota(scores, policy)
+
+
+CHOOSERS: dict[str, Chooser] = {
+    "policy": lambda policy, layout, query, key, value: policy(query, key),
+    "plain sample": by_plain_sample,
+    "error of values": by_error_of_values,
+    "true error": by_error(levels_by_true_error),
+    "true error of blocks": by_error(levels_by_block_error),
+}
