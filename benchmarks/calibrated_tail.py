@@ -9,6 +9,7 @@ the means are merged in by their sum of weights, in plain torch.
     python benchmarks/calibrated_tail.py --prompts 2
 
 All are ratios to the error of `quotas + tail` as it is, the geometric mean over layers, steps and prompts, or draws.
+Numbers are in results/calibrated_tail.md.
 """
 
 import argparse

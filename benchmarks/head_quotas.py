@@ -7,7 +7,7 @@ prompt itself, which no preset could know, and budget mode, whose heads may shar
 
     python benchmarks/head_quotas.py --prompts 4
 
-All are geometric means over layers, steps and all prompts but the first.
+All are geometric means over layers, steps and all prompts but the first. Numbers are in results/head_quotas.md.
 """
 
 import argparse

@@ -166,6 +166,18 @@ ROWS: tuple[Row, ...] = (
         )
         for n in (16, 32)
     ),
+    *(
+        Row(
+            f"quotas + tail or drop, {how}",
+            tailed(samples_q=16, samples_kv=16, reduction=how),
+            CHOICES,
+            choose="mean or drop",
+            base=WITH_TAIL,
+            videos=True,
+            limits=how == "max",
+        )
+        for how in ("max", "error")
+    ),
     Row("quotas + tail, 8 samples", tailed(samples_q=8, samples_kv=8), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, 32 samples", tailed(samples_q=32, samples_kv=32), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, antidiagonals", tailed(method="antidiagonal"), CHOICES, base=WITH_TAIL, videos=True),

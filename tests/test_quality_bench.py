@@ -398,6 +398,20 @@ def test_the_error_of_values_from_all_tokens_is_the_true_one(inputs):
     assert ((found[0, 0] == 1) != (levels_by_quota(true, (0.25,)) == 1)).sum() <= 2
 
 
+def test_means_are_dropped_where_they_lead_further_astray():
+    query, key, value = (torch.zeros(1, 1, 256, 16) for _ in range(3))
+    # The first half of the queries finds the first key of each block: blocks are alike but for a little, so dropping
+    # costs little, and a mean has the value of the other keys. To the other half all keys are alike: means are exact.
+    query[:, :, :128, 0], key[:, :, ::32, 0] = 4.0, 3.0
+    value[:, :, ::32, 0], value[..., 1] = 1.0, torch.arange(256) / 10000
+    settings = {"bounds": (0.0,), "skip": "mean", "samples_q": 32, "samples_kv": 32, "order": "as they are"}
+    levels = decide(make_point(choose="mean or drop", **settings), GRID, query, key, value).levels
+    plain = decide(make_point(**settings), GRID, query, key, value).levels
+    assert torch.equal(levels[:, :, 4:], plain[:, :, 4:])
+    assert torch.equal(levels[:, :, :4], plain[:, :, :4].masked_fill(plain[:, :, :4] == 6, 0))
+    assert ((plain == 1).sum(dim=-1) == 1).all()
+
+
 def test_means_weighed_anew(inputs, monkeypatch):
     monkeypatch.setattr(calibrated_tail, "BLOCK", 32)
     monkeypatch.setattr(calibrated_tail, "TAIL", 6)
