@@ -54,7 +54,7 @@ class Clock:
                 if time.monotonic() < self._end:
                     yield point
                 else:
-                    self.left_out.append(f"{row.name} [{point.index}]")
+                    self.left_out.append(f"{where} {row.name} [{point.index}]".strip())
 
 
 def unmeasured(rows: Iterable[Row], known: frozenset[Key], where: str = "") -> list[Row]:

@@ -174,7 +174,6 @@ ROWS: tuple[Row, ...] = (
             choose="mean or drop",
             base=WITH_TAIL,
             videos=True,
-            limits=how == "max",
         )
         for how in ("max", "error")
     ),

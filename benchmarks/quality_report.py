@@ -149,7 +149,7 @@ def video_tables(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def limits_table(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """PSNR of each policy in each of the circumstances, and what the last gains over the one before."""
+    """PSNR of each policy in each of the circumstances, and what the last of them gains over the one before."""
     found: list[Found] = part["found"]
     shown = [row.name for row in rows if any(one["row"] == row.name for one in found)]
     lines = []
@@ -163,7 +163,8 @@ def limits_table(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
         lines.append(
             (name, f"{one['noise']:.3f}", density, *cells, with_ends(gains, interval, "+.2f") if gains else "-")
         )
-    heads = ["circumstances", "noise at the first sparse step", "density", *shown, "the last - the one before"]
+    gain = " - ".join(shown[:-3:-1])
+    heads = ["circumstances", "noise at the first sparse step", "density", *shown, gain]
     return table(heads, lines)
 
 

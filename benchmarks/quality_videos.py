@@ -45,11 +45,13 @@ class Run:
 
     def make(self, pipeline: TinyWanPipeline, pairs: Sequence[Pair], attend: Attend | None = None) -> Tensor:
         """Videos ``[B, F, 3, H, W]`` in [0, 1] of a batch of pairs."""
-        pipeline.scheduler.set_shift(self.shift)
+        own = pipeline.scheduler
+        # Not by `set_shift`, which leaves the least noise level where the old shift had it.
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
         try:
             frames = sample(pipeline, pairs, size=self.size, steps=self.steps, guidance=self.guidance, attend=attend)
         finally:
-            pipeline.scheduler.set_shift(FLOW_SHIFT)
+            pipeline.scheduler = own
         assert frames is not None, "a run without a last step ends with a video"
         return frames.float()
 
@@ -78,7 +80,8 @@ class Circumstances:
 
     def changed(self, row: Row) -> Row:
         """The row under these circumstances, at its first point alone."""
-        own = {"block_q": self.block, "block_kv": self.block, "samples_q": self.samples, "samples_kv": self.samples}
+        samples = self.block // 4 if self.samples is None else self.samples
+        own = {"block_q": self.block, "block_kv": self.block, "samples_q": samples, "samples_kv": samples}
         return replace(row, order=self.order, sweep=(), settings={**row.settings, **own})
 
 
