@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from plot_lengths import text
+from quality_equal_time import equal_time_table
 from quality_metrics import MAX_PSNR, geometric_interval, interval
 from quality_policies import ROWS, Row
-from quality_report import Found, about_text, fill, parts_of_page, points_of
+from quality_report import about_text, fill, parts_of_page, points_of
+from quality_store import Found
 
 # Light and dark: background, text, faint text, grid, then a line of each row with a sweep, in the table's order.
 COLOURS = {
@@ -175,7 +177,7 @@ def drawing(width: float, height: float, title: str, under: Sequence[str], parts
 
 
 def single(
-    title: str, about: Mapping[str, Any], lines: Sequence[Line], *, y_is_log: bool, y_name: str, x_name: str
+    title: str, part: Mapping[str, Any], lines: Sequence[Line], *, y_is_log: bool, y_name: str, x_name: str
 ) -> str:
     """One panel with its legend beside it."""
     frame = Frame(left=62, top=TITLE_HEIGHT + 34, width=600, height=380)
@@ -183,20 +185,20 @@ def single(
     parts = panel(frame, lines, y_is_log=y_is_log, y_name=y_name)
     parts.append(text(frame.left + frame.width / 2, bottom + 40, x_name, "faint", "middle"))
     parts += legend(frame.left + frame.width + 26, frame.top + 12, lines)
-    return drawing(frame.left + frame.width + LEGEND_WIDTH, bottom + 54, title, about_text(about).split("; ", 1), parts)
+    return drawing(frame.left + frame.width + LEGEND_WIDTH, bottom + 54, title, about_text(part).split("; ", 1), parts)
 
 
 def draw_attention(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
     lines = _some(lines_of(part["found"], rows, "errors", geometric_interval))
     names = {"y_name": "error of the attention output relative to dense", "x_name": "executed density"}
-    return single("Attention error on the tiny model", part["about"], lines, y_is_log=True, **names)
+    return single("Attention error on the tiny model", part, lines, y_is_log=True, **names)
 
 
 def draw_videos(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
     found = [one for one in part["found"] if max(one["psnr"]) < MAX_PSNR]
     lines = _some(lines_of(found, rows, "psnr", interval))
     names = {"y_name": "PSNR against dense, dB, 95% intervals", "x_name": "executed density of the sparse steps"}
-    return single("Whole videos of the tiny model", part["about"], lines, y_is_log=False, **names)
+    return single("Whole videos of the tiny model", part, lines, y_is_log=False, **names)
 
 
 def draw_fields(part: Mapping[str, Any], rows: Sequence[Row], columns: int = 4) -> str:
@@ -218,7 +220,7 @@ def draw_fields(part: Mapping[str, Any], rows: Sequence[Row], columns: int = 4) 
         smoothness, rest = name.split(", ", 1)
         parts += panel(frame, lines, y_is_log=True, title=rest)
         parts.append(text(frame.left, frame.top - 26, smoothness, "text"))
-    under = [about_text(part["about"]), "Error of the attention output relative to dense against executed density"]
+    under = [about_text(part), "Error of the attention output relative to dense against executed density"]
     right = margin + across * columns
     height = TITLE_HEIGHT + 30 + down * math.ceil(len(each) / columns)
     parts += legend(right, TITLE_HEIGHT + 60, each[0][1])
@@ -242,6 +244,15 @@ def merged(paths: Iterable[Path]) -> dict[str, Any]:
     return results
 
 
+def texts_of(results: Mapping[str, Any]) -> dict[str, str]:
+    """The text of each marked part of docs/quality.md that the results have numbers for."""
+    texts = parts_of_page(results, ROWS)
+    if {"attention", "fields"} <= results.keys():
+        pages = (Path(__file__).with_name("results") / name for name in ("gpu_orders.md", "gpu_attention.md"))
+        texts["equal-time"] = equal_time_table(results, ROWS, *(page.read_text() for page in pages))
+    return texts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, nargs="+", help="what quality.py --json wrote")
@@ -249,9 +260,10 @@ def main() -> None:
     options = parser.parse_args()
     results = merged(options.json)
     for name, part in results.items():
-        (options.docs / f"quality-{name}.svg").write_text(DRAW[name](part, ROWS))
+        if name in DRAW:
+            (options.docs / f"quality-{name}.svg").write_text(DRAW[name](part, ROWS))
     page = options.docs / "quality.md"
-    page.write_text(fill(page.read_text(), parts_of_page(results, ROWS)))
+    page.write_text(fill(page.read_text(), texts_of(results)))
 
 
 if __name__ == "__main__":

@@ -1,62 +1,69 @@
 """How close sparse attention comes to dense, by policy: `nox -s bench -- quality`. No download, no GPU needed.
 
-Three parts, of which a run does those that `--part` names:
+Four parts, of which a run does those that `--part` names:
 
 attention  queries, keys and values of the tiny model, caught at a few steps in every layer while it makes videos with
            dense attention; every policy then attends over the same tensors
 fields     the same over smooth random fields of several settings
 videos     whole videos of the tiny model with each policy, by PSNR and SSIM against the dense video of the same seed
+limits     the same for a few policies while the circumstances of a video change: schedule, dense steps, order, blocks
 
-`--json` keeps the numbers; `plot_quality.py` makes the plots and the tables of docs/quality.md from them.
+`--json` adds the numbers to a file, in place of those of the same rows; with `--only-new` a run does no point that the
+file has. `plot_quality.py` makes the plots and the tables of docs/quality.md from it.
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from quality_capture import Inputs, Size, capture
 from quality_fields import FIELDS, make_inputs
 from quality_metrics import Case, geometric_mean, spread
 from quality_policies import ROWS, Point, Row, chosen, points
-from quality_report import attention_tables, field_tables, spread_table, video_tables
-from quality_videos import Run, compare, dense_videos, make_pairs
+from quality_report import parts_of_page
+from quality_store import Found, Key, Part, add, commit_here, measured, read
+from quality_videos import CIRCUMSTANCES, Run, compare, dense_videos, make_pairs
 
 import psa_masks
 from psa_integrations.tiny_wan.pipeline import TinyWanPipeline, load_pipeline
 from psa_masks import VideoGrid
 
 CAPTURE_STEPS, SEEN_STEPS = 25, (6, 15)
-PARTS = ("attention", "fields", "videos")
+PARTS = ("attention", "fields", "videos", "limits")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Found = dict[str, Any]
 
 
 class Clock:
-    """Whether there is time for another point."""
+    """Which points are to be measured: those that nobody has, for as long as there is time."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
         self.left_out: list[str] = []
 
-    def points(self, rows: Iterable[Row]) -> Iterator[Point]:
-        """All points of the rows for which time is left when their turn comes; the others' names are kept."""
+    def points(self, rows: Iterable[Row], known: frozenset[Key] = frozenset(), where: str = "") -> Iterator[Point]:
+        """The rows' points that ``known`` lacks, for which time is left when their turn comes; the others' names are
+        kept."""
         for row in rows:
             for point in points(row):
+                if (where, row.name, point.index) in known:
+                    continue
                 if time.monotonic() < self._end:
                     yield point
                 else:
-                    self.left_out.append(f"{row.name} [{point.index}]")
+                    self.left_out.append(f"{where} {row.name} [{point.index}]".strip())
+
+
+def unmeasured(rows: Iterable[Row], known: frozenset[Key], where: str = "") -> list[Row]:
+    """The rows with a point that ``known`` lacks."""
+    return [row for row in rows if any((where, row.name, point.index) not in known for point in points(row))]
 
 
 def found_of(point: Point, **values: object) -> Found:
-    return {"row": point.row.name, "point": point.index, **values}
+    return {"row": point.row.name, "point": point.index, "run": 0, **values}
 
 
 def caught_cases(pipeline: TinyWanPipeline, prompts: int, batch: int, size: Size, rows: list[Row]) -> list[Inputs]:
@@ -75,11 +82,11 @@ def caught_cases(pipeline: TinyWanPipeline, prompts: int, batch: int, size: Size
 
 
 def measure_rows(
-    cases: list[Case], before: dict[tuple[int, int], Inputs], rows: list[Row], clock: Clock
+    cases: list[Case], before: dict[tuple[int, int], Inputs], rows: list[Row], known: frozenset[Key], clock: Clock
 ) -> list[Found]:
     """A row's error at each of its points: the geometric mean over the cases, for each sample."""
     found = []
-    for point in clock.points(rows):
+    for point in clock.points(rows, known):
         reuse = point.row.reuse
         measured = [
             case.measure(point, before[case.inputs.step - reuse, case.inputs.layer] if reuse else None)
@@ -96,46 +103,65 @@ def measure_rows(
     return found
 
 
-def attention_part(options: argparse.Namespace, rows: list[Row], clock: Clock) -> dict[str, Any]:
+def attention_part(options: argparse.Namespace, rows: list[Row], known: frozenset[Key], clock: Clock) -> Part:
     """Errors on the tiny model's own queries, keys and values."""
     size = Size(*options.size)
-    inputs = caught_cases(pipeline_of(options), options.prompts, options.batch, size, rows)
+    inputs = caught_cases(pipeline_of(options), options.prompts, options.batch, size, unmeasured(rows, known))
     cases = [Case(one, size.grid) for one in inputs if one.step in SEEN_STEPS]
     before = {(one.step, one.layer): one for one in inputs}
     spreads = [{"step": c.inputs.step, "layer": c.inputs.layer, **spread(c.inputs.query, c.inputs.key)} for c in cases]
-    about = {**machine(options), "tokens": size.grid.seq_len, "prompts": options.prompts}
-    about |= {"steps": CAPTURE_STEPS, "seen_steps": SEEN_STEPS, "layers": len({c.inputs.layer for c in cases})}
-    return {"about": about, "spread": spreads, "found": measure_rows(cases, before, rows, clock)}
+    about = {"tokens": size.grid.seq_len, "prompts": options.prompts, "steps": CAPTURE_STEPS}
+    about |= {"seen_steps": SEEN_STEPS, "layers": len({c.inputs.layer for c in cases})}
+    found = measure_rows(cases, before, rows, known, clock)
+    return {"about": about, "runs": [machine(options)], "spread": spreads, "found": found}
 
 
-def fields_part(options: argparse.Namespace, rows: list[Row], clock: Clock) -> dict[str, Any]:
+def fields_part(options: argparse.Namespace, rows: list[Row], known: frozenset[Key], clock: Clock) -> Part:
     """Errors on smooth random fields, of each setting."""
     grid = VideoGrid(**dict(zip(("frames", "height", "width"), options.grid, strict=True)))
-    rows = [row for row in rows if not row.reuse]  # fields have no steps
     settings = []
     for setting in FIELDS:
         made = make_inputs(grid, setting, batch=options.draws)
         tensors = (x.to(options.device, DTYPES[options.dtype]) for x in (made.query, made.key, made.value))
         case = Case(Inputs(0, 0, *tensors), grid)
         progress({"field": str(setting)})
-        found = measure_rows([case], {}, rows, clock)
+        found = measure_rows([case], {}, rows, known, clock)
         seen = spread(case.inputs.query, case.inputs.key)
         settings.append({"field": str(setting), "spread": seen, "found": found})
-    return {"about": {**machine(options), "grid": options.grid, "draws": options.draws}, "settings": settings}
+    about = {"grid": options.grid, "draws": options.draws}
+    return {"about": about, "runs": [machine(options)], "settings": settings}
 
 
-def videos_part(options: argparse.Namespace, rows: list[Row], clock: Clock) -> dict[str, Any]:
+def videos_part(options: argparse.Namespace, rows: list[Row], known: frozenset[Key], clock: Clock) -> Part:
     """PSNR and SSIM of whole videos."""
     run = Run(Size(*options.size), options.steps, options.warmup, options.batch)
     pipeline, pairs = pipeline_of(options), make_pairs(options.pairs)
     dense = dense_videos(pipeline, pairs, run)
     found = []
-    for point in clock.points(row for row in rows if row.videos):
+    for point in clock.points(rows, known):
         values = found_of(point, **compare(pipeline, point, pairs, dense, run))
         found.append(values)
         progress(values)
-    about = {**machine(options), "size": options.size, "pairs": options.pairs, "steps": run.steps, "warmup": run.warmup}
-    return {"about": about, "found": found}
+    about = {"size": options.size, "pairs": options.pairs, "steps": run.steps, "warmup": run.warmup}
+    return {"about": about, "runs": [machine(options)], "found": found}
+
+
+def limits_part(options: argparse.Namespace, rows: list[Row], known: frozenset[Key], clock: Clock) -> Part:
+    """PSNR and SSIM of whole videos of a few policies, in each of the circumstances."""
+    pipeline, pairs = pipeline_of(options), make_pairs(options.pairs)
+    dense: dict[Run, list[torch.Tensor]] = {}
+    found = []
+    for there in CIRCUMSTANCES:
+        run = there.run(Size(*options.size), options.batch)
+        for point in clock.points(map(there.changed, rows), known, there.name):
+            if run.all_dense() not in dense:
+                dense[run.all_dense()] = dense_videos(pipeline, pairs, run)
+            compared = compare(pipeline, point, pairs, dense[run.all_dense()], run)
+            values = found_of(point, circumstances=there.name, noise=run.noise_after_warmup(), **compared)
+            found.append(values)
+            progress(values)
+    about = {"size": options.size, "pairs": options.pairs}
+    return {"about": about, "runs": [machine(options)], "found": found}
 
 
 def pipeline_of(options: argparse.Namespace) -> TinyWanPipeline:
@@ -152,6 +178,7 @@ def machine(options: argparse.Namespace) -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "psa-masks": psa_masks.__version__,
+        "commit": options.commit or commit_here(),
     }
 
 
@@ -164,30 +191,16 @@ def progress(values: Found) -> None:
     print(*words, sep="  ", file=sys.stderr, flush=True)
 
 
-def rounded(value: Any) -> Any:
-    """The same with five significant digits in every float, which keeps the file small."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: rounded(one) for name, one in value.items()}
-    return [rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def write(path: Path | None, results: dict[str, Any]) -> None:
-    """All so far, under the final name only once it is whole."""
-    if path is None:
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(rounded(results)) + "\n")
-    partial.replace(path)
-
-
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="may be repeated; default: attention")
     parser.add_argument(
         "--policies", action="append", metavar="TEXT", help="only policies whose name holds this; may be repeated"
     )
+    parser.add_argument(
+        "--rows", action="append", metavar="NAME", help="only the policy of exactly this name; may be repeated"
+    )
+    parser.add_argument("--only-new", action="store_true", help="only points that the file of --json lacks")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--size", type=int, nargs=3, default=[16, 64, 64], metavar=("FRAMES", "HEIGHT", "WIDTH"))
@@ -200,43 +213,57 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="videos made at once; 32 fill a large GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no point after this time")
     parser.add_argument("--threads", type=int, help="of torch on a CPU")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file, after each part")
+    parser.add_argument("--json", type=Path, help="add the numbers to this file, after each part")
+    parser.add_argument("--commit", help="of this code, for the file; default: as git says")
     options = parser.parse_args(given)
     for name in ("prompts", "draws", "pairs", "steps", "batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.only_new and options.json is None:
+        parser.error("--only-new needs --json, which says what is measured already")
     try:
-        chosen(options.policies)
+        chosen(options.policies, options.rows)
     except ValueError as error:
         parser.error(str(error))
     return options
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """What was measured, by part."""
+def rows_of(part: str, rows: Iterable[Row]) -> list[Row]:
+    """The rows that a part measures."""
+    if part == "fields":
+        return [row for row in rows if not row.reuse]  # fields have no steps
+    if part == "videos":
+        return [row for row in rows if row.videos]
+    return [row for row in rows if row.limits] if part == "limits" else list(rows)
+
+
+def run(options: argparse.Namespace) -> dict[str, Part]:
+    """What was measured, by part; with a file what that has of the parts now."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    rows, clock = chosen(options.policies), Clock(options.seconds)
-    results: dict[str, Any] = {}
-    measure = {"attention": attention_part, "fields": fields_part, "videos": videos_part}
+    clock = Clock(options.seconds)
+    before = read(options.json)
+    results: dict[str, Part] = {}
+    measure = {"attention": attention_part, "fields": fields_part, "videos": videos_part, "limits": limits_part}
     with torch.no_grad():
         for part in PARTS:
-            if part in (options.part or ["attention"]):
-                results[part] = measure[part](options, rows, clock)
-                write(options.json, results)
+            if part not in (options.part or ["attention"]):
+                continue
+            rows = rows_of(part, chosen(options.policies, options.rows))
+            known = measured(before.get(part)) if options.only_new else frozenset()
+            places = [there.name for there in CIRCUMSTANCES] if part == "limits" else [""]
+            if not any(unmeasured(rows, known, place) for place in places):
+                print(f"{part}: the file has every point of these rows", file=sys.stderr)
+                continue
+            found = measure[part](options, rows, known, clock)
+            results[part] = found if options.json is None else add(options.json, {part: found})[part]
     if clock.left_out:
         print(f"no time left for: {', '.join(clock.left_out)}", file=sys.stderr)
     return results
 
 
 def main() -> None:
-    results = run(arguments())
-    if "attention" in results:
-        print(spread_table(results["attention"]), attention_tables(results["attention"], ROWS), sep="\n\n")
-    if "fields" in results:
-        print(field_tables(results["fields"], ROWS))
-    if "videos" in results:
-        print(video_tables(results["videos"], ROWS))
+    print("\n\n".join(parts_of_page(run(arguments()), ROWS).values()))
 
 
 if __name__ == "__main__":

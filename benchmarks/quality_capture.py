@@ -110,12 +110,14 @@ def sample(
     *,
     size: Size,
     steps: int,
+    guidance: float = 3.0,
     attend: Attend | None = None,
     last_step: int | None = None,
 ) -> Tensor | None:
     """Videos ``[B, F, 3, H, W]`` in [0, 1] of pairs of prompt and seed, made together.
 
     Args:
+        guidance: strength of classifier-free guidance; at most 1 is none.
         attend: in place of the model's self-attention; None leaves it dense.
         last_step: stop after this step, without a video.
     """
@@ -134,6 +136,7 @@ def sample(
                 height=size.height,
                 width=size.width,
                 num_inference_steps=steps,
+                guidance_scale=guidance,
                 # On the CPU, so that the noise of a seed is the same on every device.
                 generator=[torch.Generator().manual_seed(seed) for _, seed in pairs],
                 output_type="pt",

@@ -73,7 +73,7 @@ class Case:
         """The policy on this attention, its levels chosen from ``before``, an earlier step's, if that is given."""
         inputs = self.inputs
         seen = inputs if before is None else before
-        decision = decide(point, self.grid, seen.query, seen.key)
+        decision = decide(point, self.grid, seen.query, seen.key, seen.value)
         out = attend(decision, inputs.query, inputs.key, inputs.value).float()
         error = (out - self.dense).flatten(1).norm(dim=1) / self.dense.flatten(1).norm(dim=1)
         full = (self._mass_of(point, decision, seen.step) * (decision.levels == 1)).sum(dim=(-1, -2))

@@ -1,6 +1,6 @@
 """The policies that `quality.py` compares: one table, and how a line of it becomes attention.
 
-A new policy is a new `Row`; a new token order is a new entry of `ORDERS`.
+A new policy is a new `Row`; a new token order is a new entry of `ORDERS`, a new way to choose levels one of `CHOOSERS`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from quality_choosers import CHOOSERS
 from torch import Tensor
 
 from psa_kernels import BlockLayout, pyramid_attention
@@ -17,6 +18,8 @@ BLOCK = 64
 PAPER = (0.10, 0.15, 0.15, 0.35)
 TAILED = (0.09, 0.14, 0.14, 0.34)
 """The paper's quotas with a level 1 smaller by what the tail costs."""
+TAILED_32, TAILED_16 = (0.08, 0.13, 0.13, 0.33), (0.06, 0.11, 0.11, 0.26)
+"""The same for smaller blocks, whose tails cost more."""
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
 SIMILARITY = (0.70, 0.65, 0.60)
 CLUSTERS = 64
@@ -66,21 +69,25 @@ class Row:
         settings: of ``MaskPolicy``; blocks of 64 and a quarter of their tokens as samples unless given.
         section: the table it is reported in.
         order: a key of ``ORDERS``.
+        choose: a key of ``CHOOSERS``.
         sweep: settings of its further points, on top of ``settings``; the first point has these as they are.
         reuse: levels are as old as this many steps. In captures all are; in a video they are chosen anew in every
             ``reuse + 1``-th step.
         base: the row that it changes in one thing, whose error its own is held against.
         videos: whole videos are made with it too.
+        limits: they are made under other circumstances too.
     """
 
     name: str
     settings: Settings
     section: str
     order: str = "Gilbert"
+    choose: str = "policy"
     sweep: tuple[Settings, ...] = ()
     reuse: int = 0
     base: str | None = None
     videos: bool = False
+    limits: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,32 +116,67 @@ def budget(**more: object) -> Settings:
     return {"mode": "budget", "density": 0.15, **more}
 
 
-def tailed(**more: object) -> Settings:
-    return quota(TAILED, skip="mean", **more)
+def tailed(bounds: tuple[float, ...] = TAILED, **more: object) -> Settings:
+    return quota(bounds, skip="mean", **more)
 
 
-FRONTIER, CHOICES, STEPS, ORDERING, DRAWS = (
-    "Policies", "One choice changed", "Levels of earlier steps", "Token order", "Other draws of the sample"
+FRONTIER, BOUNDS, CHOICES, BLOCKS, STEPS, ORDERING, DRAWS = (
+    "Policies", "What no choice of levels could beat by much", "One choice changed", "Block sizes, at equal density",
+    "Levels of earlier steps", "Token order", "Other draws of the sample"
 )  # fmt: skip
 DENSITIES = tuple({"density": density} for density in (0.06, 0.1, 0.3, 0.45))
 QUOTAS, WITH_TAIL, BY_THRESHOLD = "the paper's quotas", "quotas + tail", "the paper's thresholds"
 
 ROWS: tuple[Row, ...] = (
     Row("everything at level 1", quota((1.0,)), FRONTIER, videos=True),
-    Row("level 1 alone", quota((0.15,)), FRONTIER, sweep=scaled((0.15,), 0.3, 0.6, 2, 3), videos=True),
-    Row(QUOTAS, quota(PAPER), FRONTIER, sweep=scaled(PAPER, 0.3, 0.6, 2, 3), videos=True),
+    Row("level 1 alone", quota((0.15,)), FRONTIER, sweep=scaled((0.15,), 0.3, 0.6, 2, 3), videos=True, limits=True),
+    Row(QUOTAS, quota(PAPER), FRONTIER, sweep=scaled(PAPER, 0.3, 0.6, 2, 3), videos=True, limits=True),
     Row(BY_THRESHOLD, threshold(), FRONTIER, sweep=scaled(THRESHOLDS, 0.4, 0.7, 1.2), videos=True),
     Row("level 1 + tail", quota((0.14,), skip="mean"), FRONTIER, sweep=scaled((0.14,), 0.3, 0.6, 2, 3), videos=True),
-    Row(WITH_TAIL, tailed(), FRONTIER, sweep=scaled(TAILED, 0.3, 0.6, 2, 3), videos=True),
+    Row(WITH_TAIL, tailed(), FRONTIER, sweep=scaled(TAILED, 0.3, 0.6, 2, 3), videos=True, limits=True),
     Row("thresholds + tail", threshold(skip="mean"), FRONTIER, sweep=scaled(THRESHOLDS, 0.4, 0.7, 1.2), videos=True),
     Row("budget", budget(reduction="mean"), FRONTIER, sweep=DENSITIES, videos=True),
     Row("budget + tail", budget(reduction="error", skip="mean"), FRONTIER, sweep=DENSITIES, videos=True),
+    Row("levels by the true error", budget(skip="mean"), BOUNDS, choose="true error", base=WITH_TAIL),
+    *(
+        Row(
+            f"levels by each block's true error{more}",
+            budget(skip="mean", **blocks),
+            BOUNDS,
+            choose="true error of blocks",
+            base=WITH_TAIL,
+        )
+        for more, blocks in (("", {}), (", 16 queries by 16 keys", {"block_q": 16, "block_kv": 16}))
+    ),
+    Row("quotas + tail, every token", tailed(samples_q=BLOCK, samples_kv=BLOCK), BOUNDS, base=WITH_TAIL),
     Row("level 1 for 4% + tail", quota((0.04,), skip="mean"), CHOICES, base=QUOTAS, videos=True),
     Row("quotas, mean", quota(PAPER, reduction="mean"), CHOICES, base=QUOTAS, videos=True),
     Row("quotas + tail, mean", tailed(reduction="mean"), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas, 8 samples", quota(PAPER, samples_q=8, samples_kv=8), CHOICES, base=QUOTAS),
     Row("quotas, 32 samples", quota(PAPER, samples_q=32, samples_kv=32), CHOICES, base=QUOTAS),
     Row("quotas + tail, error", tailed(reduction="error"), CHOICES, base=WITH_TAIL, videos=True),
+    *(
+        Row(
+            f"quotas + tail, error of values, {n} samples",
+            tailed(samples_q=n, samples_kv=n),
+            CHOICES,
+            choose="error of values",
+            base=WITH_TAIL,
+            videos=n == 16,
+        )
+        for n in (16, 32)
+    ),
+    *(
+        Row(
+            f"quotas + tail or drop, {how}",
+            tailed(samples_q=16, samples_kv=16, reduction=how),
+            CHOICES,
+            choose="mean or drop",
+            base=WITH_TAIL,
+            videos=True,
+        )
+        for how in ("max", "error")
+    ),
     Row("quotas + tail, 8 samples", tailed(samples_q=8, samples_kv=8), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, 32 samples", tailed(samples_q=32, samples_kv=32), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, antidiagonals", tailed(method="antidiagonal"), CHOICES, base=WITH_TAIL, videos=True),
@@ -143,6 +185,25 @@ ROWS: tuple[Row, ...] = (
     Row("quotas, similarity cap", quota(PAPER, similarity_thresholds=SIMILARITY), CHOICES, base=QUOTAS, videos=True),
     Row("thresholds, min_full .06", threshold(min_full=0.06), CHOICES, base=BY_THRESHOLD),
     Row("thresholds, similarity cap", threshold(similarity_thresholds=SIMILARITY), CHOICES, base=BY_THRESHOLD),
+    *(
+        Row(
+            f"quotas + tail, {q} queries by {kv} keys",
+            tailed(bounds, block_q=q, block_kv=kv),
+            BLOCKS,
+            base=WITH_TAIL,
+            videos=True,
+        )
+        for q, kv, bounds in (
+            (32, 64, TAILED),
+            (16, 64, TAILED),
+            (64, 32, TAILED_32),
+            (32, 32, TAILED_32),
+            (16, 32, TAILED_32),
+            (64, 16, TAILED_16),
+            (32, 16, TAILED_16),
+            (16, 16, TAILED_16),
+        )
+    ),
     Row("quotas + tail, 1 step old", tailed(), STEPS, reuse=1, base=WITH_TAIL, videos=True),
     Row("quotas + tail, 3 steps old", tailed(), STEPS, reuse=3, base=WITH_TAIL, videos=True),
     Row("quotas, 1 step old", quota(PAPER), STEPS, reuse=1, base=QUOTAS),
@@ -157,21 +218,35 @@ ROWS: tuple[Row, ...] = (
         for base, settings in ((QUOTAS, quota(PAPER)), (WITH_TAIL, tailed()))
         for seed in (1, 2, 3)
     ),
+    *(
+        Row(
+            f"{base}, plain sample of {n}",
+            {**settings, "samples_q": n, "samples_kv": n},
+            DRAWS,
+            choose="plain sample",
+            base=base,
+        )
+        for base, settings in ((QUOTAS, quota(PAPER)), (WITH_TAIL, tailed()))
+        for n in (16, 8)
+    ),
 )
 
 
-def chosen(parts: list[str] | None) -> list[Row]:
-    """The rows whose name holds one of ``parts``, all of them without.
+def chosen(parts: list[str] | None, names: list[str] | None = None) -> list[Row]:
+    """The rows whose name holds one of ``parts`` or is one of ``names``, all of them without either.
 
     Raises:
-        ValueError: no row's name holds one of the parts.
+        ValueError: no row's name holds one of the parts, or is one of the names.
     """
+    everything = [row.name for row in ROWS]
     for part in parts or ():
-        if not any(part in row.name for row in ROWS):
-            raise ValueError(
-                f"--policies must be part of a policy's name, got {part!r}; names: {[r.name for r in ROWS]}"
-            )
-    return [row for row in ROWS if not parts or any(part in row.name for part in parts)]
+        if not any(part in name for name in everything):
+            raise ValueError(f"--policies must be part of a policy's name, got {part!r}; names: {everything}")
+    for name in names or ():
+        if name not in everything:
+            raise ValueError(f"--rows must be a policy's name, got {name!r}; names: {everything}")
+    wanted = {name for name in everything if any(part in name for part in parts or ())} | set(names or ())
+    return [row for row in ROWS if row.name in wanted or not (parts or names)]
 
 
 def points(row: Row) -> Iterator[Point]:
@@ -196,8 +271,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(2, index) if index.ndim == 1 else x.gather(2, index[..., None].expand_as(x))
 
 
-def decide(point: Point, grid: VideoGrid, query: Tensor, key: Tensor) -> Decision:
-    """What the policy does with these queries and keys, ``[B, H, L, D]``."""
+def decide(point: Point, grid: VideoGrid, query: Tensor, key: Tensor, value: Tensor) -> Decision:
+    """What the policy does with these queries, keys and values, ``[B, H, L, D]``; only a bound looks at values."""
     policy = point.policy
     q_index, kv_index = ORDERS[point.row.order](grid, query, key)
     layout = BlockLayout(
@@ -207,7 +282,8 @@ def decide(point: Point, grid: VideoGrid, query: Tensor, key: Tensor) -> Decisio
         block_kv=policy.block_kv,
         num_levels=policy.num_levels,
     )
-    return Decision(q_index, kv_index, policy(take(query, q_index), take(key, kv_index)), layout)
+    taken = take(query, q_index), take(key, kv_index), take(value, kv_index)
+    return Decision(q_index, kv_index, CHOOSERS[point.row.choose](policy, layout, *taken), layout)
 
 
 def attend(decision: Decision, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,17 +1,19 @@
 """What `quality.py` says about its measurements: tables, and their place between the markers of a page.
 
 A measurement is a dictionary with ``row`` and ``point``, executed ``density``, and ``errors`` and ``mass``, or for
-videos ``density_of_run``, ``psnr`` and ``ssim``; lists hold a number a sample.
+videos ``density_of_run``, ``psnr`` and ``ssim``, and for limits ``circumstances`` and ``noise`` as well; lists hold a
+number a sample.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from quality_metrics import FEWEST, geometric_interval, interval
 from quality_policies import Row
+from quality_store import Found, lists_of
 
-Found = dict[str, Any]
 Interval = tuple[float, float, float]
 
 
@@ -146,9 +148,37 @@ def video_tables(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
     return sections(found, rows, of_section)
 
 
-def about_text(about: Mapping[str, Any]) -> str:
+def limits_table(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """PSNR of each policy in each of the circumstances, and what the last of them gains over the one before."""
+    found: list[Found] = part["found"]
+    shown = [row.name for row in rows if any(one["row"] == row.name for one in found)]
+    lines = []
+    for name in dict.fromkeys(one["circumstances"] for one in found):
+        here = {one["row"]: one for one in found if one["circumstances"] == name}
+        cells = [with_ends(here[row]["psnr"], interval, ".2f") if row in here else "-" for row in shown]
+        last, before = (here.get(row) for row in (shown[-1], shown[-2])) if len(shown) > 1 else (None, None)
+        gains = [a - b for a, b in zip(last["psnr"], before["psnr"], strict=True)] if last and before else []
+        one = next(iter(here.values()))
+        density = f"{here[shown[-1]]['density']:.3f}" if shown[-1] in here else "-"
+        lines.append(
+            (name, f"{one['noise']:.3f}", density, *cells, with_ends(gains, interval, "+.2f") if gains else "-")
+        )
+    gain = " - ".join(shown[:-3:-1])
+    heads = ["circumstances", "noise at the first sparse step", "density", *shown, gain]
+    return table(heads, lines)
+
+
+def about_text(part: Mapping[str, Any]) -> str:
     """What was measured, on what, in a sentence."""
-    words = [f"{about['device']}, {about['dtype']}, torch {about['torch']}, psa-masks {about['psa-masks']}"]
+    about = part["about"]
+    words = [
+        " and ".join(
+            dict.fromkeys(
+                f"{run['device']}, {run['dtype']}, torch {run['torch']}, psa-masks {run['psa-masks']}"
+                for run in part["runs"]
+            )
+        )
+    ]
     if "prompts" in about:
         seen = " and ".join(map(str, about["seen_steps"]))
         words.append(
@@ -158,11 +188,25 @@ def about_text(about: Mapping[str, Any]) -> str:
     if "draws" in about:
         words.append(f"{_count(about['draws'], 'draw')}, {_by(about['grid'])} tokens")
     if "pairs" in about:
-        words.append(
-            f"{_count(about['pairs'], 'pair')} of prompt and seed, {_by(about['size'])}, {about['steps']} steps, "
-            f"the first {about['warmup']} dense"
-        )
+        words.append(f"{_count(about['pairs'], 'pair')} of prompt and seed, {_by(about['size'])}")
+    if "warmup" in about:
+        words[-1] += f", {about['steps']} steps, the first {about['warmup']} dense"
     return "Measured: " + "; ".join(words) + "."
+
+
+def runs_text(part: Mapping[str, Any]) -> str:
+    """Which commits the numbers come from."""
+    of_commit: Counter[str] = Counter()
+    for found in lists_of(dict(part)):
+        of_commit.update(part["runs"][one["run"]]["commit"] for one in found)
+    total = sum(of_commit.values())
+    if len(of_commit) == 1:
+        return f"Commit {next(iter(of_commit))}."
+    return (
+        "Commits: "
+        + ", ".join(f"{commit} ({count / total:.0%} of the numbers)" for commit, count in of_commit.items())
+        + "."
+    )
 
 
 def _count(number: int, name: str) -> str:
@@ -176,13 +220,12 @@ def _by(sizes: Sequence[int]) -> str:
 def parts_of_page(results: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, str]:
     """The text of each marked part of docs/quality.md that the results have numbers for."""
     texts: dict[str, str] = {}
-    if attention := results.get("attention"):
-        texts["spread"] = spread_table(attention)
-        texts["attention"] = f"{about_text(attention['about'])}\n\n{attention_tables(attention, rows)}"
-    if fields := results.get("fields"):
-        texts["fields"] = f"{about_text(fields['about'])}\n\n{field_tables(fields, rows)}"
-    if videos := results.get("videos"):
-        texts["videos"] = f"{about_text(videos['about'])}\n\n{video_tables(videos, rows)}"
+    if "attention" in results:
+        texts["spread"] = spread_table(results["attention"])
+    tables = {"attention": attention_tables, "fields": field_tables, "videos": video_tables, "limits": limits_table}
+    for name, made in tables.items():
+        if part := results.get(name):
+            texts[name] = f"{about_text(part)} {runs_text(part)}\n\n{made(part, rows)}"
     return texts
 
 

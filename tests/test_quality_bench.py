@@ -4,25 +4,30 @@ import math
 from pathlib import Path
 from xml.etree import ElementTree
 
+import calibrated_tail
+import head_quotas
 import plot_quality
 import pytest
 import quality
+import quality_equal_time
 import quality_metrics
+import quality_store
 import torch
 from lib.presets import make_preset
 from quality_capture import Inputs, Site, Size, capture, sample
 from quality_fields import Field, blur, make_inputs, smooth_field
 from quality_metrics import Case, block_mass, geometric_mean, interval, membership, psnr, spread, ssim
+from quality_oracle import Coarsening, contributions, levels_by_block_error, levels_by_true_error
 from quality_policies import ORDERS, ROWS, Row, attend, chosen, decide, points
 from quality_report import fill, parts_of_page
-from quality_videos import PolicyAttention, Run, make_pairs
+from quality_videos import Circumstances, PolicyAttention, Run, make_pairs
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from psa_integrations import apply_pyramid_sparse_attention
 from psa_integrations.tiny_wan import load_pipeline
-from psa_kernels import BlockLayout
+from psa_kernels import BlockLayout, pyramid_attention
 from psa_kernels.testing import assert_within_error_budget, error_budget
-from psa_masks import VideoGrid
+from psa_masks import MaskPolicy, VideoGrid, density, levels_by_quota
 
 ROOT = Path(__file__).parents[1]
 GRID = VideoGrid(frames=4, height=8, width=8)
@@ -30,8 +35,15 @@ SMALL = Size(4, 32, 32)
 STEPS = 2
 
 
-def make_point(*, order="Gilbert", reuse=0, **settings):
-    row = Row("test", {"mode": "quota", "block_q": 32, "block_kv": 32, **settings}, "test", order=order, reuse=reuse)
+def make_point(*, order="Gilbert", reuse=0, choose="policy", **settings):
+    row = Row(
+        "test",
+        {"mode": "quota", "block_q": 32, "block_kv": 32, **settings},
+        "test",
+        order=order,
+        reuse=reuse,
+        choose=choose,
+    )
     return next(points(row))
 
 
@@ -62,7 +74,9 @@ def test_everything_at_level_1_is_dense_in_every_order(inputs, monkeypatch):
     ref64 = torch.nn.functional.scaled_dot_product_attention(exact.inputs.query, exact.inputs.key, exact.inputs.value)
     for order in ORDERS:
         point = make_point(order=order, **FULL)
-        out = attend(decide(point, GRID, inputs.query, inputs.key), inputs.query, inputs.key, inputs.value)
+        out = attend(
+            decide(point, GRID, inputs.query, inputs.key, inputs.value), inputs.query, inputs.key, inputs.value
+        )
         assert_within_error_budget(out, ref64, case.dense)
         found = case.measure(point)
         assert (found.density == 1).all()
@@ -78,7 +92,12 @@ def test_everything_at_level_1_is_dense_in_every_order(inputs, monkeypatch):
 def test_one_block_a_row_is_softmax_over_that_block(inputs):
     point = make_point(order="as they are", **ONE_BLOCK)
     found = Case(inputs, GRID).measure(point)
-    kept = decide(point, GRID, inputs.query, inputs.key).levels.repeat_interleave(32, 2).repeat_interleave(32, 3) == 1
+    kept = (
+        decide(point, GRID, inputs.query, inputs.key, inputs.value)
+        .levels.repeat_interleave(32, 2)
+        .repeat_interleave(32, 3)
+        == 1
+    )
     assert (kept.sum(dim=-1) == 32).all()
 
     def by_hand(dtype):
@@ -278,30 +297,270 @@ def test_levels_in_a_video_are_as_old_as_the_row_says(inputs, reuse):
     attention(Site(1, 0, 0), inputs.query, inputs.key, inputs.value, lambda: dense)
     out = attention(Site(2, 0, 0), later.query, later.key, later.value, lambda: dense)
     seen = inputs if reuse else later
-    expected = attend(decide(point, GRID, seen.query, seen.key), later.query, later.key, later.value)
+    expected = attend(decide(point, GRID, seen.query, seen.key, seen.value), later.query, later.key, later.value)
     assert torch.equal(out, expected)
     sparse, whole = attention.densities()
     assert sparse.tolist() == [1 / 8, 1 / 8]
     assert whole.tolist() == pytest.approx([(1 + 2 / 8) / 3] * 2)
 
 
+MIXED = torch.tensor([1, 2, 3, 6], dtype=torch.int8)
+"""Levels of blocks of 32 tokens, the last a whole block."""
+
+
+def test_errors_of_blocks_add_up_to_that_of_their_map(inputs):
+    query, key, value = inputs.query[:1, :1], inputs.key[:1, :1], inputs.value[:1, :1]
+    layout = BlockLayout(256, 256, block_q=32, block_kv=32)
+    choice = torch.randint(0, 4, (8, 8), generator=torch.Generator().manual_seed(0))
+
+    tensors = [x[0, 0] for x in (query, key, value)]
+    errors, masses = contributions(*tensors, layout, MIXED.tolist())
+    of_query = choice.repeat_interleave(32, 0)[:, :, None]
+    mass = masses.gather(2, of_query).sum(dim=(1, 2))
+    error = errors.gather(2, of_query[..., None].expand(-1, -1, -1, 16)).sum(dim=(1, 2))
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x[None] for x in tensors))[0]
+    low, ref64 = (
+        pyramid_attention(
+            *(x.to(dtype) for x in (query, key, value)),
+            MIXED[choice][None, None],
+            block_q=32,
+            block_kv=32,
+            impl="reference",
+        )[0, 0]
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_within_error_budget(dense + error / mass[:, None], ref64, low)
+
+
+def test_a_path_of_changes_knows_its_error_and_ends_where_the_budget_does(inputs):
+    query, key, value = inputs.query[:1, :1], inputs.key[:1, :1], inputs.value[:1, :1]
+    layout = BlockLayout(256, 256, block_q=32, block_kv=32)
+    tensors = [x[0, 0].double() for x in (query, key, value)]
+    costs = 2.0 ** (1 - MIXED.double())
+    errors, masses = contributions(*tensors, layout, MIXED.tolist())
+    path = Coarsening(errors, masses, layout, costs)
+    moves = path.walk(0.5)
+    assert path.spent() <= 0.5
+    assert path.spent() == pytest.approx(1 + float(moves.cost.sum()) / 64)
+    exact = [x.double() for x in (query, key, value)]
+    dense = torch.nn.functional.scaled_dot_product_attention(*exact)
+    out = pyramid_attention(*exact, MIXED[path.choice][None, None], block_q=32, block_kv=32)
+    squares = (out - dense)[0, 0].square().sum(dim=1).unflatten(0, (8, 32)).sum(dim=1)
+    # Each of the moves adds a rounding of what it changes, which the first errors bound.
+    rounding = len(moves.step) * torch.finfo(torch.float64).eps * errors.square().sum().item()
+    assert ((path.errors() - squares).abs() <= rounding).all()
+
+
+def test_levels_by_true_error_cost_what_they_may_and_beat_every_other_choice(inputs):
+    layout = BlockLayout(256, 256, block_q=32, block_kv=32)
+    tensors = inputs.query, inputs.key, inputs.value
+    dense = torch.nn.functional.scaled_dot_product_attention(*tensors)
+
+    def error(levels):
+        out = pyramid_attention(*tensors, levels, block_q=32, block_kv=32)
+        return (out - dense).flatten(1).norm(dim=1)
+
+    policy = MaskPolicy(mode="budget", density=0.3, skip="mean", block_q=32, block_kv=32)
+    by_layer = levels_by_true_error(*tensors, layout, 0.3)
+    by_block = levels_by_block_error(*tensors, layout, 0.3)
+    assert (density(by_layer, layout).mean(dim=1) <= 0.3 * (1 + 1e-6)).all()
+    assert (density(by_layer, layout).mean(dim=1) > 0.25).all()
+    assert (density(by_block, layout) <= 0.3 * (1 + 1e-6)).all()
+    for levels in (by_block, policy(*tensors[:2])):
+        assert (error(by_layer) < error(levels)).all()
+    with pytest.raises(ValueError, match="key must have a multiple of 32 tokens, got 250"):
+        levels_by_true_error(inputs.query, inputs.key[:, :, :250], inputs.value[:, :, :250], layout, 0.3)
+
+
+def test_plain_samples_of_whole_blocks_are_every_token(inputs):
+    every = {"bounds": (0.25, 0.5), "skip": "mean", "samples_q": 32, "samples_kv": 32}
+    by_policy, by_plain = (
+        decide(make_point(choose=choose, **every), GRID, inputs.query, inputs.key, inputs.value).levels
+        for choose in ("policy", "plain sample")
+    )
+    # Softmax over the same tokens in another order: equal but where rounding swaps two scores next to each other.
+    assert (by_policy != by_plain).sum() <= 2
+    few = {**every, "samples_q": 8, "samples_kv": 8}
+    point = make_point(choose="plain sample", **few)
+    drawn = decide(point, GRID, inputs.query, inputs.key, inputs.value).levels
+    assert torch.equal(drawn, decide(point, GRID, inputs.query, inputs.key, inputs.value).levels)
+    assert (drawn != by_plain).any()
+
+
+def test_the_error_of_values_from_all_tokens_is_the_true_one(inputs):
+    every = {"bounds": (0.25, 0.5), "skip": "mean", "samples_q": 32, "samples_kv": 32}
+    point = make_point(choose="error of values", order="as they are", **every)
+    found = decide(point, GRID, inputs.query, inputs.key, inputs.value).levels
+    layout = BlockLayout(256, 256, block_q=32, block_kv=32)
+    errors, _ = contributions(*(x[0, 0] for x in (inputs.query, inputs.key, inputs.value)), layout, [6])
+    true = errors.square().sum(dim=(2, 3)).unflatten(0, (8, 32)).sum(dim=1)
+    # The blocks of largest error are at level 1, but where rounding swaps two next to each other.
+    assert ((found[0, 0] == 1) != (levels_by_quota(true, (0.25,)) == 1)).sum() <= 2
+
+
+def test_means_are_dropped_where_they_lead_further_astray():
+    query, key, value = (torch.zeros(1, 1, 256, 16) for _ in range(3))
+    # The first half of the queries finds the first key of each block: blocks are alike but for a little, so dropping
+    # costs little, and a mean has the value of the other keys. To the other half all keys are alike: means are exact.
+    query[:, :, :128, 0], key[:, :, ::32, 0] = 4.0, 3.0
+    value[:, :, ::32, 0], value[..., 1] = 1.0, torch.arange(256) / 10000
+    settings = {"bounds": (0.0,), "skip": "mean", "samples_q": 32, "samples_kv": 32, "order": "as they are"}
+    levels = decide(make_point(choose="mean or drop", **settings), GRID, query, key, value).levels
+    plain = decide(make_point(**settings), GRID, query, key, value).levels
+    assert torch.equal(levels[:, :, 4:], plain[:, :, 4:])
+    assert torch.equal(levels[:, :, :4], plain[:, :, :4].masked_fill(plain[:, :, :4] == 6, 0))
+    assert ((plain == 1).sum(dim=-1) == 1).all()
+
+
+def test_means_weighed_anew(inputs, monkeypatch):
+    monkeypatch.setattr(calibrated_tail, "BLOCK", 32)
+    monkeypatch.setattr(calibrated_tail, "TAIL", 6)
+    tensors = [x.double() for x in (inputs.query, inputs.key, inputs.value)]
+    levels = MaskPolicy(mode="quota", bounds=(0.25, 0.5), skip="mean", block_q=32, block_kv=32)(*tensors[:2])
+
+    merged = calibrated_tail.Merged(*(x.float() for x in tensors), levels)
+    without = torch.full((2, 2, 8, 8), -math.inf)
+    for out, kept in ((merged.out(), levels), (merged.out(without), levels.masked_fill(levels == 6, 0))):
+        low, ref64 = (
+            pyramid_attention(*(x.to(dtype) for x in tensors), kept, block_q=32, block_kv=32, impl="reference")
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert_within_error_budget(out, ref64, low)
+
+    # With all tokens as samples of all queries, the shortfall of a pair is what its tokens have more than their means.
+    alike = tensors[0][:, :, ::32].repeat_interleave(32, dim=2)  # each block's queries are one
+    truth = calibrated_tail.true_shortfall(alike, tensors[1])
+    assert (truth > 0).all()
+    torch.testing.assert_close(calibrated_tail.shortfall(32)(alike, tensors[1]), truth)
+    flat = tensors[1][:, :, ::32].repeat_interleave(32, dim=2)  # each block's keys are one
+    for form in calibrated_tail.FORMS.values():
+        bias = form(tensors[0], flat)
+        torch.testing.assert_close(bias, torch.zeros_like(bias))
+
+
+def test_quotas_of_heads_share_a_layers_density():
+    spent = torch.tensor([0.05, 0.1, 0.15, 0.2, 0.3])
+    squares = torch.stack([1 / spent, 0.1 / spent])  # squared errors fall ever more slowly, one head has most of them
+    densities = spent.expand(2, -1)
+    found = head_quotas.shared_out(squares, densities, 2)
+    every = [(i, j) for i in range(5) for j in range(5) if spent[i] + spent[j] <= 0.3 + 1e-6]
+    best = min(every, key=lambda ij: float(squares[0, ij[0]] + squares[1, ij[1]]))
+    assert tuple(found.tolist()) == best == (3, 1)
+    assert head_quotas.shared_out(squares[:1].expand(2, -1), densities, 2).tolist() == [2, 2]
+
+
+PART = {
+    "about": {"prompts": 2},
+    "runs": [{"device": "a", "commit": "1"}],
+    "found": [{"row": name, "point": 0, "run": 0, "errors": [0.25]} for name in ("x", "y")],
+}
+
+
+def part_of(rows, **changes):
+    found = [{"row": row, "point": 0, "run": 0, "errors": [1 / 3]} for row in rows]
+    return {**PART, "runs": [{"device": "b", "commit": "2"}], "found": found, **changes}
+
+
+def test_a_file_gains_rows_and_says_what_each_comes_from(tmp_path):
+    path = tmp_path / "found.json"
+    quality_store.add(path, {"attention": PART})
+    results = quality_store.add(path, {"attention": part_of(["y", "z"]), "videos": PART})
+    assert results == quality_store.read(path)
+    assert results["videos"] == PART
+    part = results["attention"]
+    assert [(one["row"], one["run"], one["errors"]) for one in part["found"]] == [
+        ("x", 0, [0.25]), ("y", 1, [0.33333]), ("z", 1, [0.33333]),
+    ]  # fmt: skip
+    assert [run["commit"] for run in part["runs"]] == ["1", "2"]
+    assert quality_store.measured(part) == {("", name, 0) for name in "xyz"}
+    again = quality_store.add(path, {"attention": part_of(["x", "y"])})["attention"]
+    assert [run["commit"] for run in again["runs"]] == ["2"]
+    assert {one["run"] for one in again["found"]} == {0}
+
+
+def test_other_samples_do_not_go_into_a_file(tmp_path):
+    path = tmp_path / "found.json"
+    quality_store.add(path, {"attention": PART})
+    before = path.read_text()
+    with pytest.raises(ValueError, match="prompts 2 and 3"):
+        quality_store.add(path, {"attention": part_of(["z"], about={"prompts": 3})})
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_fields_gain_rows_in_each_setting():
+    def fields(row, commit):
+        settings = [
+            {"field": name, "found": [{"row": row, "point": 0, "run": 0, "errors": [1.0]}]} for name in ("one", "two")
+        ]
+        return {"about": {}, "runs": [{"commit": commit}], "settings": settings}
+
+    part = quality_store.merged(fields("x", "1"), fields("y", "2"))
+    assert [[(one["row"], one["run"]) for one in found] for found in quality_store.lists_of(part)] == [
+        [("x", 0), ("y", 1)]
+    ] * 2
+    del part["settings"][1]["found"][1]
+    assert quality_store.measured(part) == {("", "x", 0)}
+    with pytest.raises(ValueError, match="fields must be the same"):
+        quality_store.merged(part, {**part, "settings": part["settings"][:1]})
+
+
 def test_a_run_from_command_to_page(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "FIELDS", quality.FIELDS[:2])
-    small = "--size 2 16 16 --grid 2 8 8 --prompts 1 --draws 1 --pairs 1 --steps 2 --warmup 1"
+    two = Circumstances("few", steps=2, warmup=1), Circumstances("calm", steps=2, warmup=1, shift=3.0, guidance=1.0)
+    monkeypatch.setattr(quality, "CIRCUMSTANCES", two)
+    path = tmp_path / "found.json"
+    small = "--size 2 16 16 --grid 2 8 8 --prompts 1 --draws 1 --pairs 1 --steps 2 --warmup 1 --commit abc"
     parts = [word for part in quality.PARTS for word in ("--part", part)]
-    only = ["--policies", "level 1 + tail", "--policies", "level 1 for 4%"]
-    options = quality.arguments([*small.split(), *parts, *only, "--json", str(tmp_path / "found.json")])
-    quality.run(options)
-    results = plot_quality.merged([tmp_path / "found.json"])
-    assert sorted(results) == ["attention", "fields", "videos"]
-    assert [one["row"] for one in results["attention"]["found"]] == ["level 1 + tail"] * 5 + ["level 1 for 4% + tail"]
+    only = ["--policies", "level 1 + tail", "--rows", "quotas + tail"]
+
+    def measure(*more):
+        quality.run(quality.arguments([*small.split(), *parts, "--json", str(path), *more]))
+        return plot_quality.merged([path])
+
+    measure("--rows", "quotas + tail")
+    results = measure(*only, "--only-new", "--commit", "def")
+    assert sorted(results) == sorted(quality.PARTS)
+    assert [(one["row"], one["run"]) for one in results["attention"]["found"]] == (
+        [("quotas + tail", 0)] * 5 + [("level 1 + tail", 1)] * 5
+    )
+    assert [run["commit"] for run in results["attention"]["runs"]] == ["abc", "def"]
     assert all(0 < one["density"] <= 1 for one in results["attention"]["found"])
-    page = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("spread", "attention", "fields", "videos"))
+
+    def shifted(noise, shift):
+        return shift * noise / (1 + (shift - 1) * noise)
+
+    noise = {one["circumstances"]: one["noise"] for one in results["limits"]["found"]}
+    # The second of two steps is at the least noise, 1/1000, which the schedule shifts twice.
+    expected = {name: shifted(shifted(0.001, shift), shift) for name, shift in (("few", 6.0), ("calm", 3.0))}
+    assert noise == pytest.approx(expected, rel=1e-4)
+    before = path.read_text()
+    measure(*only, "--only-new", "--commit", "ghi")
+    assert path.read_text() == before
+    names = ("spread", *quality.PARTS)
+    page = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in names)
     filled = fill(page, parts_of_page(results, ROWS))
     assert "old" not in filled
     assert filled.count("| level 1 + tail |") == 5 + 1 + 5
+    assert "Commits: abc (50% of the numbers), def (50% of the numbers)." in filled
     for draw, name in ((plot_quality.draw_attention, "attention"), (plot_quality.draw_fields, "fields")):
         ElementTree.fromstring(draw(results[name], ROWS))
+
+
+def test_time_becomes_density_and_density_an_error():
+    names = (quality_equal_time.CURVE, *quality_equal_time.ORDERED.values())
+    orders = "\n".join(f"| {name} | {ms} |" for name, ms in zip(names, (0.3, 3.01, 1.01), strict=True))
+    more, less = quality_equal_time.OF_DENSITY
+    attention = f"| what | density | call |\n|---|---|---|\n| {more} | 0.16 | 11 |\n| {less} | 0.06 | 5 |"
+    assert quality_equal_time.order_milliseconds(orders) == pytest.approx({"semantic": 3.0, "hybrid": 1.0})
+    assert quality_equal_time.density_milliseconds(attention) == pytest.approx(60.0)
+    # error = 0.02 / density, a straight line with both axes logarithmic
+    points = [(0.4, 0.05), (0.1, 0.2)]
+    assert quality_equal_time.error_at(0.2, points) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="density must lie within"):
+        quality_equal_time.error_at(0.5, points)
+    with pytest.raises(ValueError, match="must have a table's row 'what'"):
+        quality_equal_time.density_milliseconds(orders)
 
 
 def test_a_page_without_markers_is_refused():
@@ -312,7 +571,7 @@ def test_a_page_without_markers_is_refused():
 def test_the_page_and_plots_are_those_of_the_committed_numbers():
     results = plot_quality.merged(sorted((ROOT / "benchmarks/results").glob("quality_*.json")))
     page = (ROOT / "docs/quality.md").read_text()
-    assert fill(page, parts_of_page(results, ROWS)) == page
+    assert fill(page, plot_quality.texts_of(results)) == page
     for name, draw in plot_quality.DRAW.items():
         drawn = (ROOT / f"docs/quality-{name}.svg").read_text()
         ElementTree.fromstring(drawn)
