@@ -19,6 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -52,6 +54,8 @@ def type_of(value):
         return _TYPES[value.dtype]
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_TYPES[value.base.dtype][1:]}{value.block_shape}>".replace(" ", "")
+    if isinstance(value, GluonDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
     if isinstance(value, tuple):
         return tuple("i64" for _ in value)
     return "fp32" if isinstance(value, float) else "i32"
@@ -59,6 +63,9 @@ def type_of(value):
 
 def counted(kernel, given, options):
     """Bytes of shared memory that the tile of a launch counts; None where the tile does not depend on the device."""
+    if kernel.is_gluon():
+        hopper = importlib.import_module("psa_kernels.pyramid_attention.hopper_fwd")
+        return hopper.shared_memory(given["HEAD_DIM"], given["out_ptr"].element_size())
     if kernel.fn.__name__ == "_forward_kernel":
         tiles = importlib.import_module("psa_kernels.pyramid_attention.tiles")
         tile = tiles.Tile(given["TILE_M"], given["TILE_N"], options["num_warps"], options["num_stages"])
@@ -86,7 +93,8 @@ def compile_instead(target, limit, compiled):
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr or given[p.name] is None}
         signature = {name: "constexpr" if name in constants else type_of(given[name]) for name in kernel.arg_names}
-        source = ASTSource(
+        language = GluonASTSource if kernel.is_gluon() else ASTSource
+        source = language(
             kernel, signature, constexprs={(kernel.arg_names.index(name),): constants[name] for name in constants}
         )
         binary = triton.compile(source, target=target, options=options)
@@ -95,7 +103,7 @@ def compile_instead(target, limit, compiled):
         what = f"{kernel.fn.__name__} {constants} {options} needs {used} bytes of shared memory"
         assert used <= limit, f"{what}, {target} has {limit}"
         assert promised is None or used <= promised, f"{what}, its tile counts {promised}"
-        compiled.add(kernel.fn.__name__)
+        compiled.add("gluon" * kernel.is_gluon() + kernel.fn.__name__)
 
     return run
 
@@ -108,6 +116,10 @@ def pretend(capability, limit, compiled):
     for module in (importlib.import_module(f"psa_kernels.{name}") for name in names):
         module.shared_memory_limit = lambda device: limit
         module.has_tensor_memory_access = lambda device: capability >= 90
+    hopper = importlib.import_module("psa_kernels.pyramid_attention.hopper_fwd")
+    hopper.is_hopper = lambda device: capability == 90
+    hopper.num_multiprocessors = lambda device: 132
+    hopper.shared_memory_limit = lambda device: limit
 
 
 def tiles(dtype, head_dim, block_q, block_kv, is_causal, gradients=False):
@@ -176,9 +188,12 @@ def main() -> None:
         half = [x.to(torch.bfloat16).requires_grad_() for x in (query, key, value)]
         out = pyramid_attention(*half, plan, **blocks, is_causal=is_causal, **options)
         out.backward(torch.ones_like(out))
+    if capability == 90:
+        tiles(torch.bfloat16, 128, 128, 128, False)
     kernels = ("forward", "order", "positions", "logits", "reduce", "groups", "scores", "plan", "pool", "similarity")
     kernels += ("rank", "assign", "mean", "delta", "query", "key_value", "turn", "readers")
-    assert compiled == {f"_{name}_kernel" for name in kernels}, compiled
+    expected = {f"_{name}_kernel" for name in kernels}
+    assert compiled == expected | ({"gluon_forward_kernel"} if capability == 90 else set()), compiled
 
 
 if __name__ == "__main__":

@@ -33,3 +33,19 @@ def shared_memory_limit(device: torch.device) -> int:
 def has_tensor_memory_access(device: torch.device) -> bool:
     """Whether ``device`` copies whole tiles by descriptor (TMA, capability 9.0 and up); the interpreter can."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether ``device`` is a GPU of capability 9.0, whose tensor cores take their operands from shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def can_copy_by_descriptor(x: Tensor) -> bool:
+    """Whether the strides and the address of ``x`` are ones that a tensor descriptor takes."""
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and 0 not in x.shape

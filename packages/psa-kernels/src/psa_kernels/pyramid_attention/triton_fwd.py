@@ -1,10 +1,13 @@
-"""Forward kernel: one program a query tile.
+"""Forward kernel for every GPU and every case: one program a query tile. On Hopper most calls have a faster one.
 
 A block is *whole* for a query tile when all its tokens exist and none lies past a causal diagonal. The rows of whole
 blocks are read tile by tile without a mask and with one bias a tile: tiles inside a block through tensor descriptors
 (TMA) where the device and the strides allow, tiles of several small blocks by pointers. What is left of each level
 comes last, under masks.
 """
+
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import triton
@@ -16,7 +19,12 @@ from psa_kernels.pyramid_attention.ops import empty_out, lse_dtype
 from psa_kernels.pyramid_attention.tiles import choose_tile
 from psa_kernels.pyramid_attention.triton_order import heavy_first
 from psa_kernels.pyramid_pool.triton_fwd import pool_keys_and_values
-from psa_kernels.triton_device import has_tensor_memory_access, on_device, shared_memory_limit
+from psa_kernels.triton_device import (
+    can_copy_by_descriptor,
+    has_tensor_memory_access,
+    on_device,
+    shared_memory_limit,
+)
 
 _LOG2_E = 1.4426950408889634
 
@@ -387,8 +395,7 @@ def _forward_kernel(
 
 def _descriptor(x: Tensor, rows: int, dim_tile: int) -> TensorDescriptor | None:
     """Tiles of rows through TMA, or None where the strides or the address do not allow it."""
-    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    if not aligned or x.stride(-1) != 1 or x.data_ptr() % 16 or 0 in x.shape:
+    if not can_copy_by_descriptor(x):
         return None
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1] * (x.dim() - 2) + [rows, dim_tile])
 
@@ -403,6 +410,17 @@ def _descriptors(
     if None in sequences:  # the loop reads both by descriptor or none
         sequences = [None, None]
     return [*sequences, _descriptor(pooled, tile_n, dim_tile)]
+
+
+def _find_hopper() -> ModuleType | None:
+    """The kernel for Hopper, where this Triton has the Gluon that it is written in."""
+    try:
+        return import_module("psa_kernels.pyramid_attention.hopper_fwd")
+    except (ImportError, AttributeError):
+        return None
+
+
+_hopper = _find_hopper()
 
 
 def forward(
@@ -438,9 +456,12 @@ def forward(
             shared_memory=shared_memory_limit(query.device),
         )
         pooled = pool_keys_and_values(key, value, kv_lengths, num_levels)
+        order = heavy_first(offsets, num_kv_blocks, block_kv)
+        if _hopper and _hopper.takes(query, key, value, kv_lengths, block_q, block_kv, is_causal, scale):
+            _hopper.launch(query, key, value, pooled, order, indices, offsets, out, lse, scale * _LOG2_E)
+            return out, lse
         large_levels = min(num_levels, (block_kv // tile.tile_n).bit_length())
         descriptors = [None] * 3 if large_levels == 0 else _descriptors(key, value, pooled, tile.tile_n, dim_tile)
-        order = heavy_first(offsets, num_kv_blocks, block_kv)
         _forward_kernel[(batch * heads * num_q_blocks * triton.cdiv(block_q, tile.tile_m),)](
             query, key, value, pooled, *descriptors, indices, offsets, order, kv_lengths, out, lse,
             query.stride(), key.stride(), value.stride(), pooled.stride(), out.stride(),

@@ -1,0 +1,170 @@
+"""The forward kernel for Hopper against the oracle, and that it runs when it should and not otherwise."""
+
+import importlib
+
+import pytest
+import torch
+
+from psa_kernels import BlockLayout, LevelPlan, pyramid_attention
+from psa_kernels.testing import VIEWS, assert_within_error_budget, make_qkv, random_levels
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The calls that the kernel got."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for capability 9.0")
+    module = importlib.import_module("psa_kernels.pyramid_attention.hopper_fwd")
+    launch, calls = module.launch, []
+
+    def spy(*args):
+        calls.append(args)
+        launch(*args)
+
+    monkeypatch.setattr(module, "launch", spy)
+    return calls
+
+
+def check(qkv, levels, **options):
+    """Output and lse lie within the error budget of the oracle's."""
+    options["return_lse"] = True
+    exact = pyramid_attention(*(x.double() for x in qkv), levels, impl="reference", **options)
+    low = pyramid_attention(*qkv, levels, impl="reference", **options)
+    got = pyramid_attention(*qkv, levels, impl="triton", **options)
+    for result, ref64, rounded in zip(got, exact, low, strict=True):
+        assert_within_error_budget(result, ref64, rounded, input_dtype=qkv[0].dtype)
+
+
+def inputs(*, num_levels=8, seed=1, **shape):
+    """Queries, keys and values on the GPU, and a map with every level."""
+    shape = {"q_len": 300, "kv_len": 500, "head_dim": 128, "dtype": torch.bfloat16} | shape
+    qkv = make_qkv(**shape, device="cuda", seed=seed)
+    layout = BlockLayout(shape["q_len"], shape["kv_len"], num_levels=num_levels)
+    batch, heads = qkv[0].shape[:2]
+    return qkv, random_levels(layout, batch=batch, heads=heads, device="cuda", seed=seed)
+
+
+CASES = {
+    "one block": {"q_len": 128, "kv_len": 128},
+    "ragged both": {},
+    "one query": {"q_len": 1, "kv_len": 3001},
+    "part of a block": {"q_len": 700, "kv_len": 64},
+    "one key": {"q_len": 130, "kv_len": 1},
+    "whole blocks, many": {"q_len": 256, "kv_len": 5120},
+    "GQA 4, batch": {"batch": 2, "heads": 8, "kv_heads": 2},
+    # More query blocks than multiprocessors, so that each program takes several.
+    "programs that stay": {"batch": 2, "heads": 40, "q_len": 1000, "kv_len": 1411},
+    "float16": {"dtype": torch.float16},
+    "head_dim 72": {"head_dim": 72},
+    "head_dim 96, float16": {"head_dim": 96, "dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_equals_oracle(launches, name):
+    check(*inputs(**CASES[name]))
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("num_levels", [1, 2, 4])
+def test_fewer_levels(launches, num_levels):
+    check(*inputs(num_levels=num_levels), num_levels=num_levels)
+    assert len(launches) == 1
+
+
+def test_own_scale(launches):
+    check(*inputs(), scale=0.3)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("tail", [0, 1, 7, 64, 127])
+def test_one_level_at_tails(launches, tail):
+    for level in range(1, 9):
+        (query, key, value), levels = inputs(heads=1, q_len=130, kv_len=256 + tail, seed=level)
+        check((query, key, value), torch.full_like(levels, level))
+    assert len(launches) == 8
+
+
+def test_drawn_lengths(launches):
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(25):
+        q_len, kv_len = (int(x) for x in torch.randint(1, 900, (2,), generator=generator))
+        check(*inputs(heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len, seed=seed))
+    assert len(launches) == 25
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_layouts(launches, view):
+    """What no descriptor takes goes to the other kernel, and is right too."""
+    qkv, levels = inputs()
+    check([VIEWS[view](x) for x in qkv], levels)
+    assert len(launches) == (view in ("transposed", "fused"))
+
+
+def test_queries_with_nothing_to_read(launches):
+    qkv, levels = inputs()
+    levels[:, :, 1] = 0
+    check(qkv, levels)
+    out, lse = pyramid_attention(*qkv, levels, return_lse=True)
+    assert (out[:, :, 128:256] == 0).all()
+    assert (lse[:, :, 128:256] == -torch.inf).all()
+
+
+def test_what_is_not_read_stays_unread(launches):
+    """Blocks that nobody reads may hold what is no number, and so may what no tile fills of shared memory."""
+    qkv, levels = inputs(kv_len=1411)
+    levels[..., 3] = 0
+    clean = pyramid_attention(*qkv, levels)
+    for x in qkv[1:]:
+        x[:, :, 3 * 128 : 4 * 128] = torch.nan
+    assert torch.equal(pyramid_attention(*qkv, levels), clean)
+    assert len(launches) == 2
+
+
+def test_what_is_no_number_shows(launches):
+    qkv, levels = inputs()
+    levels.fill_(1)
+    qkv[2][:, :, 200] = torch.nan
+    assert pyramid_attention(*qkv, levels).isnan().all()
+
+
+def test_same_bits_again_and_in_a_graph(launches):
+    qkv, levels = inputs(heads=40, q_len=1000, kv_len=1411)
+    plan = LevelPlan.from_levels(levels, BlockLayout(1000, 1411))
+    first = pyramid_attention(*qkv, plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = pyramid_attention(*qkv, plan)
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, first)
+        assert torch.equal(pyramid_attention(*qkv, plan), first)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({"head_dim": 64}, {}),
+        ({"head_dim": 100}, {}),
+        ({"dtype": torch.float32}, {}),
+        ({}, {"scale": -0.1}),
+        ({"q_len": 300}, {"is_causal": True}),
+        ({}, {"kv_lengths": (400,)}),
+        ({}, {"block_q": 64}),
+        ({}, {"block_kv": 64}),
+    ],
+    ids=str,
+)
+def test_the_other_kernel_has_the_rest(launches, shape, options):
+    options = dict(options)
+    if "kv_lengths" in options:
+        options["kv_lengths"] = torch.tensor(options["kv_lengths"], device="cuda")
+    qkv, _ = inputs(**shape)
+    blocks = {name: options[name] for name in ("block_q", "block_kv", "is_causal") if name in options}
+    levels = random_levels(BlockLayout(300, 500, **blocks), device="cuda")
+    check(qkv, levels, **options)
+    assert not launches
