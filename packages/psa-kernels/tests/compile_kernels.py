@@ -189,6 +189,7 @@ def main() -> None:
         out = pyramid_attention(*half, plan, **blocks, is_causal=is_causal, **options)
         out.backward(torch.ones_like(out))
     if capability == 90:
+        importlib.import_module("psa_kernels.pyramid_attention.hopper_fwd").MOST_LEVELS = 8
         tiles(torch.bfloat16, 128, 128, 128, False)
     kernels = ("forward", "order", "positions", "logits", "reduce", "groups", "scores", "plan", "pool", "similarity")
     kernels += ("rank", "assign", "mean", "delta", "query", "key_value", "turn", "readers")

@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper against the oracle, and that it runs when it should and not otherwise."""
+"""The forward kernel for Hopper against the oracle, with every level, and that it runs when it should and only then."""
 
 import importlib
 
@@ -8,15 +8,16 @@ import torch
 from psa_kernels import BlockLayout, LevelPlan, pyramid_attention
 from psa_kernels.testing import VIEWS, assert_within_error_budget, make_qkv, random_levels
 
-pytestmark = pytest.mark.gpu
+HOPPER = "psa_kernels.pyramid_attention.hopper_fwd"
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The calls that the kernel got."""
+    """The calls that the kernel got, which takes plans of every level here."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for capability 9.0")
-    module = importlib.import_module("psa_kernels.pyramid_attention.hopper_fwd")
+    module = importlib.import_module(HOPPER)
+    monkeypatch.setattr(module, "MOST_LEVELS", 8)
     launch, calls = module.launch, []
 
     def spy(*args):
@@ -62,23 +63,27 @@ CASES = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_case_equals_oracle(launches, name):
     check(*inputs(**CASES[name]))
     assert len(launches) == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_levels", [1, 2, 4])
 def test_fewer_levels(launches, num_levels):
     check(*inputs(num_levels=num_levels), num_levels=num_levels)
     assert len(launches) == 1
 
 
+@pytest.mark.gpu
 def test_own_scale(launches):
     check(*inputs(), scale=0.3)
     assert len(launches) == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("tail", [0, 1, 7, 64, 127])
 def test_one_level_at_tails(launches, tail):
     for level in range(1, 9):
@@ -87,6 +92,7 @@ def test_one_level_at_tails(launches, tail):
     assert len(launches) == 8
 
 
+@pytest.mark.gpu
 def test_drawn_lengths(launches):
     generator = torch.Generator().manual_seed(0)
     for seed in range(25):
@@ -95,6 +101,7 @@ def test_drawn_lengths(launches):
     assert len(launches) == 25
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("view", VIEWS)
 def test_layouts(launches, view):
     """What no descriptor takes goes to the other kernel, and is right too."""
@@ -103,6 +110,7 @@ def test_layouts(launches, view):
     assert len(launches) == (view in ("transposed", "fused"))
 
 
+@pytest.mark.gpu
 def test_queries_with_nothing_to_read(launches):
     qkv, levels = inputs()
     levels[:, :, 1] = 0
@@ -112,6 +120,7 @@ def test_queries_with_nothing_to_read(launches):
     assert (lse[:, :, 128:256] == -torch.inf).all()
 
 
+@pytest.mark.gpu
 def test_what_is_not_read_stays_unread(launches):
     """Blocks that nobody reads may hold what is no number, and so may what no tile fills of shared memory."""
     qkv, levels = inputs(kv_len=1411)
@@ -123,6 +132,7 @@ def test_what_is_not_read_stays_unread(launches):
     assert len(launches) == 2
 
 
+@pytest.mark.gpu
 def test_what_is_no_number_shows(launches):
     qkv, levels = inputs()
     levels.fill_(1)
@@ -130,6 +140,7 @@ def test_what_is_no_number_shows(launches):
     assert pyramid_attention(*qkv, levels).isnan().all()
 
 
+@pytest.mark.gpu
 def test_same_bits_again_and_in_a_graph(launches):
     qkv, levels = inputs(heads=40, q_len=1000, kv_len=1411)
     plan = LevelPlan.from_levels(levels, BlockLayout(1000, 1411))
@@ -145,6 +156,7 @@ def test_same_bits_again_and_in_a_graph(launches):
         assert torch.equal(pyramid_attention(*qkv, plan), first)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
@@ -168,3 +180,32 @@ def test_the_other_kernel_has_the_rest(launches, shape, options):
     levels = random_levels(BlockLayout(300, 500, **blocks), device="cuda")
     check(qkv, levels, **options)
     assert not launches
+
+
+def test_it_takes_level_1_alone(monkeypatch):
+    """What is asked on every launch, with a device that need not be there."""
+    module = pytest.importorskip(HOPPER)
+    monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    monkeypatch.setattr(module, "shared_memory_limit", lambda device: 227 * 1024)
+    qkv = make_qkv(head_dim=128, dtype=torch.bfloat16)
+    asked = {"block_q": 128, "block_kv": 128, "num_levels": 1, "is_causal": False, "scale": 0.1}
+    assert module.takes(*qkv, None, **asked)
+    for change in ({"block_q": 64}, {"block_kv": 64}, {"num_levels": 2}, {"is_causal": True}, {"scale": -0.1}):
+        assert not module.takes(*qkv, None, **(asked | change)), change
+    assert not module.takes(*qkv, torch.tensor([100]), **asked)
+    for shape in ({"head_dim": 64}, {"head_dim": 100}, {"head_dim": 256}, {"dtype": torch.float32}):
+        other = make_qkv(**({"head_dim": 128, "dtype": torch.bfloat16} | shape))
+        assert not module.takes(*other, None, **asked), shape
+    monkeypatch.setattr(module, "shared_memory_limit", lambda device: 163 * 1024)
+    assert not module.takes(*qkv, None, **asked)
+
+
+def test_another_triton_has_the_other_kernel(monkeypatch):
+    """Gluon is young: where a name is gone, the module cannot be imported, and nothing is lost."""
+    triton_fwd = pytest.importorskip("psa_kernels.pyramid_attention.triton_fwd")
+
+    def gone(name):
+        raise AttributeError(name)
+
+    monkeypatch.setattr(triton_fwd, "import_module", gone)
+    assert triton_fwd._find_hopper() is None

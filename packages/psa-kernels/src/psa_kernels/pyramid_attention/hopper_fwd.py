@@ -6,7 +6,7 @@ block: the scores of a tile, and while its weights are worked out, what the valu
 lie rings of tiles in shared memory, each with a barrier that says full and one that says empty. Programs stay: the
 first tiles of a query block arrive while the last one's are computed.
 
-It takes what most calls are; :mod:`psa_kernels.pyramid_attention.triton_fwd` takes the rest, and asks :func:`takes`.
+:mod:`psa_kernels.pyramid_attention.triton_fwd` asks :func:`takes` what it computes better itself.
 """
 
 import torch
@@ -32,6 +32,8 @@ _copy_elements = getattr(async_copy, "async_load", None) or async_copy.async_cop
 
 BLOCK = 128
 """Tokens of a query block and of a key/value block, and rows of a tile: the kernel knows no other size."""
+MOST_LEVELS = 1
+"""With how many levels the kernel is the faster one. It computes eight, but rows of pooled levels arrive too late."""
 _STAGES = 3
 _QUERY_TILES = 1
 _LOAD_REGISTERS, _COMPUTE_REGISTERS = 56, 224
@@ -391,6 +393,7 @@ def takes(
     kv_lengths: Tensor | None,
     block_q: int,
     block_kv: int,
+    num_levels: int,
     is_causal: bool,
     scale: float,
 ) -> bool:
@@ -398,6 +401,8 @@ def takes(
 
     Up to head_dim 64 three programs of the other kernel share a multiprocessor, and it wins.
     """
+    if num_levels > MOST_LEVELS:
+        return False
     if not is_hopper(query.device) or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     head_dim = query.shape[3]

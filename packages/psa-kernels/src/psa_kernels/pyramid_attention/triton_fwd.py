@@ -1,4 +1,4 @@
-"""Forward kernel for every GPU and every case: one program a query tile. On Hopper most calls have a faster one.
+"""Forward kernel for every GPU and every case: one program a query tile. On Hopper level 1 alone has a faster one.
 
 A block is *whole* for a query tile when all its tokens exist and none lies past a causal diagonal. The rows of whole
 blocks are read tile by tile without a mask and with one bias a tile: tiles inside a block through tensor descriptors
@@ -457,7 +457,7 @@ def forward(
         )
         pooled = pool_keys_and_values(key, value, kv_lengths, num_levels)
         order = heavy_first(offsets, num_kv_blocks, block_kv)
-        if _hopper and _hopper.takes(query, key, value, kv_lengths, block_q, block_kv, is_causal, scale):
+        if _hopper and _hopper.takes(query, key, value, kv_lengths, block_q, block_kv, num_levels, is_causal, scale):
             _hopper.launch(query, key, value, pooled, order, indices, offsets, out, lse, scale * _LOG2_E)
             return out, lse
         large_levels = min(num_levels, (block_kv // tile.tile_n).bit_length())
