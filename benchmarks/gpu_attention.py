@@ -29,6 +29,7 @@ ROWS = {
     "threshold .4/.5/.6/.8": {"mode": "threshold", "bounds": (0.4, 0.5, 0.6, 0.8)},
     "quotas .10/.05/0/.20, rest as means": {"mode": "quota", "bounds": QUOTAS, "skip": "mean"},
     "level 1 for 4%, rest as means": {"mode": "quota", "bounds": (0.04,), "skip": "mean"},
+    "level 1 for 15%": {"mode": "quota", "bounds": (0.15,)},
     "quotas .10/.05/0/.20, block_kv 64": {"mode": "quota", "bounds": QUOTAS, "block_kv": 64},
     "quotas .10/.05/0/.20, block_kv 32": {"mode": "quota", "bounds": QUOTAS, "block_kv": 32},
 }
