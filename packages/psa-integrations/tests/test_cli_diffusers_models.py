@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
+from psa_config import load_presets
 from psa_integrations.cli import main
 from psa_integrations.cli.models import MODELS
 
@@ -179,6 +180,21 @@ def test_compare_keeps_the_maps_of_their_grids(
     assert [(one["step"], one["layer"], one["heads"]) for one in maps] == [(1, 0, [0, 1]), (2, 0, [0, 1])]
     assert [len(run["step_seconds"]) for run in data["prompts"][0]["runs"]] == [3, 3]
     assert [len(run["frames"]) for run in data["shown"][0]] == [9, 9]
+
+
+def test_tune_measures_a_diffusers_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_wan(tmp_path / "wan")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    files = ["--weights", str(tmp_path / "wan"), "--prompts", str(tmp_path / "prompts.txt")]
+    # Four blocks of 128 tokens.
+    size = ["--width", "256", "--height", "128", "--frames", "13", "--steps", "18", "--quiet", "--videos", "1"]
+    out = tmp_path / "mine.yaml"
+    assert main(["tune", "--model", "wan2.1-1.3b", "--target-density", "0.4", *files, *size, "--out", str(out)]) == 0
+    found = re.findall(r"attention error ([\d.]+), density ([\d.]+)", capsys.readouterr().out)
+    assert len(found) == 8
+    assert all(0 < float(density) <= 0.4 for _, density in found)
+    description = load_presets(out).get(MODELS["wan2.1-1.3b"].presets, "tuned").attention.description
+    assert f"attention error {min(error for error, _ in found)}" in description
 
 
 @pytest.mark.parametrize(

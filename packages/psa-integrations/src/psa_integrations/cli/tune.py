@@ -26,8 +26,10 @@ from psa_integrations.cli.output import print_json, set_up_logging
 from psa_integrations.cli.prompts import read_prompts
 from psa_integrations.cli.sample import add_sampling_options, check_steps, chosen, positive, sample
 from psa_integrations.cli.video import SMALLEST_SIDE, psnr_and_ssim
-from psa_masks import VideoGrid
+from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
+# Whose self-attention reads the tokens of the video alone, in one transformer.
+_MODELS = ("tiny-wan", "wan2.1-1.3b", "wan2.1-14b", "wan2.2-5b")
 _POLICIES: tuple[dict[str, Any], ...] = (
     {"skip": "mean", "importance_reduction": "error"},
     {"skip": "mean", "importance_reduction": "error", "budget_per": "layer"},
@@ -41,12 +43,35 @@ _ORDERS: tuple[dict[str, Any], ...] = (
 
 
 @dataclass
-class _Reference:
-    """A video by dense attention, and what its self-attention saw: pairs of ((query, key, value), output)."""
+class _Candidate:
+    """A preset, and how it fared in the self-attentions of dense videos."""
 
-    prompt: str
-    video: np.ndarray
-    calls: list[tuple[tuple[Tensor, Tensor, Tensor], Tensor]] = field(default_factory=list)
+    preset: Preset
+    policy: MaskPolicy
+    order: TokenOrder | None
+    logs: list[float] = field(default_factory=list)
+    densities: list[float] = field(default_factory=list)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dense: Tensor) -> None:
+        """One self-attention ``[B, H, L, D]`` more, beside what dense attention gave."""
+        if self.order is not None:
+            query, key, value = (self.order.apply(x, dim=2) for x in (query, key, value))
+        out, density = sparse_attention(query, key, value, self.policy)
+        if self.order is not None:
+            out = self.order.undo(out, dim=2)
+        error = (out - dense).float().norm() / dense.float().norm()
+        self.logs.append(math.log(max(float(error), 1e-30)))
+        self.densities.append(float(density.mean()))
+
+    @property
+    def error(self) -> float:
+        """Of attention relative to dense, the geometric mean."""
+        return math.exp(sum(self.logs) / len(self.logs))
+
+    @property
+    def density(self) -> float:
+        """Executed, the mean."""
+        return sum(self.densities) / len(self.densities)
 
 
 def add_parser(commands: Any) -> None:
@@ -58,7 +83,7 @@ def add_parser(commands: Any) -> None:
         "token orders gets wrong in its attention at one density, makes videos with the best few, and writes the one "
         "closest to dense as a preset file for `psa generate --presets`.",
     )
-    parser.add_argument("--model", choices=("tiny-wan",), default="tiny-wan")
+    parser.add_argument("--model", choices=_MODELS, default="tiny-wan")
     parser.add_argument("--target-density", type=float, required=True, help="executed over dense work, below 1")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a prompt a line")
     parser.add_argument("--out", type=Path, default=Path("preset.yaml"), metavar="FILE", help="default: preset.yaml")
@@ -98,28 +123,26 @@ def run(options: argparse.Namespace) -> None:
         height=settings.height // scale.height_divisor,
         width=settings.width // scale.width_divisor,
     )
-    references = []
+    candidates = list(_candidates(base, attention, density, grid))
+    videos = []
     for prompt in prompts:
         say(f"dense: {prompt!r}")
-        references.append(_dense(pipeline, prompt, options, settings, grid.seq_len, attention.warmup_steps))
-
-    found: list[tuple[float, float, Preset]] = []
-    for candidate in _candidates(base, attention, density):
-        error, executed = _attention_error(candidate, grid, references)
-        say(f"{_name(candidate)}: attention error {error:.4f}, density {executed:.4f}")
-        found.append((error, executed, candidate))
-    found.sort(key=lambda entry: entry[0])
+        videos.append(_dense(pipeline, prompt, options, settings, grid.seq_len, attention.warmup_steps, candidates))
+    for candidate in candidates:
+        say(f"{_name(candidate.preset)}: attention error {candidate.error:.4f}, density {candidate.density:.4f}")
+    candidates.sort(key=lambda candidate: candidate.error)
 
     best: tuple[float, str, Preset] | None = None
-    for error, executed, candidate in found[: options.videos]:
-        psnr = _mean_psnr(pipeline, candidate, references, options, settings)
-        say(f"{_name(candidate)}: PSNR {psnr:.2f} dB")
+    for candidate in candidates[: options.videos]:
+        psnr = _mean_psnr(pipeline, candidate.preset, prompts, videos, options, settings)
+        say(f"{_name(candidate.preset)}: PSNR {psnr:.2f} dB")
         if best is None or psnr > best[0]:
             text = (
                 f"Tuned, prompts: {len(prompts)}, {settings.frames} frames of {settings.width}x{settings.height}, "
-                f"{settings.steps} steps: density {executed:.4f}, attention error {error:.4f}, PSNR {psnr:.2f} dB."
+                f"{settings.steps} steps: density {candidate.density:.4f}, attention error {candidate.error:.4f}, "
+                f"PSNR {psnr:.2f} dB."
             )
-            best = psnr, text, candidate
+            best = psnr, text, candidate.preset
     assert best is not None, "there are candidates, and at least one video is asked for"
     _write(options.out, best[2], best[1])
     if options.json:
@@ -131,10 +154,14 @@ def _nothing(text: str) -> None:
     """In place of a line that a program does not want."""
 
 
-def _candidates(base: Preset, attention: PyramidSparseAttention, density: float) -> Iterator[Preset]:
+def _candidates(
+    base: Preset, attention: PyramidSparseAttention, density: float, grid: VideoGrid
+) -> Iterator[_Candidate]:
     for policy, order in product(_POLICIES, _ORDERS):
         changes = {"mask_mode": "budget", "mask_ratios": None, "density": density, **policy, **order}
-        yield base.model_copy(update={"name": "tuned", "attention": attention.model_copy(update=changes)})
+        changed = attention.model_copy(update=changes)
+        preset = base.model_copy(update={"name": "tuned", "attention": changed})
+        yield _Candidate(preset, mask_policy(changed, grid), token_order(changed, grid))
 
 
 def _name(preset: Preset) -> str:
@@ -146,13 +173,14 @@ def _name(preset: Preset) -> str:
     return f"{order}, skip {attention.skip}, {attention.importance_reduction}, per {attention.budget_per}"
 
 
-class _SelfAttentions(TorchFunctionMode):
-    """Keeps self-attentions over `length` tokens while it is `on`."""
+class _Measure(TorchFunctionMode):
+    """Gives the candidates each self-attention over `length` tokens while it is `on`; nothing is kept of it."""
 
-    def __init__(self, length: int) -> None:
-        self.calls: list[tuple[tuple[Tensor, Tensor, Tensor], Tensor]] = []
+    def __init__(self, length: int, candidates: Sequence[_Candidate]) -> None:
         self.on = False
+        self.calls = 0
         self._length = length
+        self._candidates = candidates
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -162,25 +190,35 @@ class _SelfAttentions(TorchFunctionMode):
             named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
             query, key, value = named["query"], named["key"], named["value"]
             if query.shape[2] == key.shape[2] == self._length:
-                self.calls.append(((query.clone(), key.clone(), value.clone()), out.clone()))
+                self.calls += 1
+                with torch.no_grad():
+                    for candidate in self._candidates:
+                        candidate.attend(query, key, value, out)
         return out
 
 
 def _dense(
-    pipeline: Any, prompt: str, options: argparse.Namespace, settings: RunDefaults, length: int, warmup: int
-) -> _Reference:
-    """One dense video, with the self-attentions of a step a third and one two thirds into the sparse steps."""
+    pipeline: Any,
+    prompt: str,
+    options: argparse.Namespace,
+    settings: RunDefaults,
+    length: int,
+    warmup: int,
+    candidates: Sequence[_Candidate],
+) -> np.ndarray:
+    """One dense video. The candidates get the self-attentions of a step a third and one two thirds into the sparse
+    steps."""
     sparse = settings.steps - warmup
     wanted = {warmup + sparse // 3, warmup + 2 * sparse // 3}
-    calls = _SelfAttentions(length)
-    calls.on = 0 in wanted
+    measure = _Measure(length, candidates)
+    measure.on = 0 in wanted
 
     def after_step(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-        calls.on = step + 1 in wanted
+        measure.on = step + 1 in wanted
         return values
 
     pipeline.set_progress_bar_config(desc="dense", disable=options.quiet)
-    with calls:
+    with measure:
         frames = pipeline(
             prompt=prompt,
             negative_prompt=options.negative_prompt,
@@ -193,38 +231,24 @@ def _dense(
             output_type="np",
             callback_on_step_end=after_step,
         ).frames[0]
-    if not calls.calls:
+    if not measure.calls:
         raise RuntimeError(f"the model attended to no {length} tokens at once, so nothing can be measured")
-    return _Reference(prompt, np.asarray(frames), calls.calls)
-
-
-def _attention_error(preset: Preset, grid: VideoGrid, references: list[_Reference]) -> tuple[float, float]:
-    """Error of attention relative to dense, as the geometric mean over the calls, and the executed density."""
-    attention = sparse_attention_of(preset)
-    assert attention is not None
-    policy, order = mask_policy(attention, grid), token_order(attention, grid)
-    logs, densities = [], []
-    with torch.no_grad():
-        for qkv, dense in (call for reference in references for call in reference.calls):
-            query, key, value = qkv if order is None else (order.apply(tensor, dim=2) for tensor in qkv)
-            out, density = sparse_attention(query, key, value, policy)
-            if order is not None:
-                out = order.undo(out, dim=2)
-            error = (out - dense).float().norm() / dense.float().norm()
-            logs.append(math.log(max(float(error), 1e-30)))
-            densities.append(float(density.mean()))
-    return math.exp(sum(logs) / len(logs)), sum(densities) / len(densities)
+    return np.asarray(frames)
 
 
 def _mean_psnr(
-    pipeline: Any, preset: Preset, references: list[_Reference], options: argparse.Namespace, settings: RunDefaults
+    pipeline: Any,
+    preset: Preset,
+    prompts: Sequence[str],
+    videos: Sequence[np.ndarray],
+    options: argparse.Namespace,
+    settings: RunDefaults,
 ) -> float:
     total = 0.0
-    for reference in references:
-        with_prompt = argparse.Namespace(**vars(options) | {"prompt": reference.prompt})
-        result = sample(pipeline, preset, with_prompt, settings)
-        total += psnr_and_ssim(result.video, reference.video)[0]
-    return total / len(references)
+    for prompt, video in zip(prompts, videos, strict=True):
+        result = sample(pipeline, preset, argparse.Namespace(**vars(options) | {"prompt": prompt}), settings)
+        total += psnr_and_ssim(result.video, video)[0]
+    return total / len(prompts)
 
 
 def _write(path: Path, preset: Preset, description: str) -> None:
