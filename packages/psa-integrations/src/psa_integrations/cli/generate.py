@@ -1,7 +1,6 @@
 """`psa generate`: a video of each prompt."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +50,7 @@ def run(options: argparse.Namespace) -> None:
     check_output(options.out)
     share = Share.of()
     prompts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
-    defaults = spec.defaults
-    if preset.name in spec.few_steps:
-        steps, guidance = spec.few_steps[preset.name]
-        defaults = replace(defaults, steps=steps, guidance=guidance)
-    settings = chosen(options, defaults)
+    settings = chosen(options, spec.defaults_of(preset.name))
     check_steps(preset, settings.steps)
 
     own = share.indices(len(prompts))
