@@ -33,9 +33,8 @@ def _facts(spec: ModelSpec) -> Iterator[str]:
     run, shape = spec.defaults, SHAPES[spec.presets]
     grid = grid_of(load_presets().get(spec.presets), width=run.width, height=run.height, frames=run.frames)
     text = f" and {grid.text} of text" if grid.text else ""
-    yield "| | |"
-    yield "|---|---|"
     yield f"| in preset files | `{spec.presets}` |"
+    yield "|---|---|"
     yield f"| weights | {spec.hub or 'in the package'} |"
     yield f"| default size | {run.width}x{run.height}, {run.frames} frames, {run.fps} a second |"
     scale = load_presets().get(spec.presets).video_scale
