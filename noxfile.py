@@ -58,7 +58,7 @@ def tests(session: nox.Session) -> None:
     test(session, "tests")
     for package in PACKAGES:
         session.notify(f"alone({package})")
-    for name in ("lint", "types", "imports", "build"):
+    for name in ("lint", "types", "imports", "build", "docs"):
         session.notify(name)
 
 
