@@ -59,7 +59,7 @@ def tests(session: nox.Session) -> None:
     for package in PACKAGES:
         session.notify(f"alone({package})")
     for name in ("lint", "types", "imports", "build", "docs"):
-        session.notify(name)
+        session.notify(name, posargs=())  # options of pytest are none of theirs
 
 
 @nox.session
