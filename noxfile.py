@@ -65,8 +65,8 @@ def tests(session: nox.Session) -> None:
     test(session, "tests")
     for package in PACKAGES:
         session.notify(f"alone({package})")
-    for name in ("oldest", "lint", "types", "imports", "build"):
-        session.notify(name)
+    for name in ("oldest", "lint", "types", "imports", "build", "docs"):
+        session.notify(name, posargs=())  # options of pytest are none of theirs
 
 
 @nox.session

@@ -1,20 +1,28 @@
 """The pages of docs/ tell the truth: code runs, commands parse, presets load, links lead somewhere."""
 
+import ast
+import inspect
 import re
 import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import pytest
+from lib.model_pages import page_of, with_facts
 
 from psa_config import load_presets
+from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli import build_parser
-from psa_integrations.cli.models import MODELS
+from psa_integrations.cli.models import MODELS, ModelSpec
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+FIGURE = re.compile(
+    r"([\d,]*\d(?:\.\d+)?) (?:ms|s|GiB)\b|(\d+,\d{3}) tokens|density (\d\.\d+)|from (\d\.\d{3})|to (\d\.\d{3})"
+)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
@@ -74,7 +82,7 @@ def test_links_lead_somewhere(page: str) -> None:
     for link, anchor in LINK.findall(prose):
         if "://" in link:
             continue
-        target = DOCS / link if link else DOCS / page
+        target = (DOCS / page).parent / link if link else DOCS / page
         assert target.exists(), f"{page} links to {link}"
         if anchor and target.suffix == ".md":
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.M)
@@ -89,32 +97,70 @@ def test_every_page_of_the_navigation_exists() -> None:
         assert (ROOT / page.removeprefix("repository/") if page.startswith("repository/") else DOCS / page).is_file()
 
 
-def test_the_models_page_has_every_model() -> None:
-    text = (DOCS / "models.md").read_text(encoding="utf-8")
-    for spec in MODELS.values():
-        run = spec.defaults
-        row = next(line for line in text.splitlines() if line.startswith(f"| `{spec.name}` | `{spec.presets}`"))
-        assert f"{run.width}x{run.height}, {run.frames} frames" in row
-        attention = load_presets().get(spec.presets).attention
-        assert row.endswith(f"| {run.steps}, {attention.warmup_steps} |")
-        assert spec.hub is None or spec.hub in row
-        assert text.count(f"| `{spec.name}` |") == 2
+@pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)
+def test_every_model_has_a_page_that_says_what_the_code_does(spec: ModelSpec) -> None:
+    text = page_of(spec.name).read_text(encoding="utf-8")
+    assert text == with_facts(text, spec), "write it anew: python tests/lib/model_pages.py"
+    assert f"      - models/{spec.name}.md\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    calls = commands(f"models/{spec.name}.md")
+    used = {options[options.index("--model") + 1] for options in calls if "--model" in options}
+    used |= {options[2] for options in calls if options[:2] == ["presets", "show"]}
+    assert used == {spec.name}
+    index = (DOCS / "models.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| \[.*\]\(models/{re.escape(spec.name)}\.md\) .*$", index, flags=re.M)
+    assert f" | `{spec.name}` | `{spec.presets}` | " in row
+    default = load_presets().get(spec.presets).attention
+    assert ("Untuned" in default.description) == row.endswith("| untuned |")
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)
+def test_examples_of_a_model_are_of_its_size_and_presets(spec: ModelSpec) -> None:
+    """Calls of a pipeline have the default size, presets their model's name, and the pipeline takes the arguments."""
+    run, seen = spec.defaults, 0
+    for block in blocks(f"models/{spec.name}.md", "py"):
+        calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+        named = {ast.unparse(call.func): call for call in calls}
+        model, _, name = named["apply_pyramid_sparse_attention"].args[1].value.partition("/")
+        assert model == spec.presets
+        load_presets().get(model, name)
+        if spec.hub is None:
+            continue
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in named["pipe"].keywords}
+        size = {"height": run.height, "width": run.width, "num_frames": run.frames}
+        assert {name: int(given[name]) for name in size} == size
+        pipeline = getattr(diffusers, next(name for name in named if name.endswith(".from_pretrained")).split(".")[0])
+        assert given.keys() <= inspect.signature(pipeline.__call__).parameters.keys()
+        seen += 1
+    assert seen or spec.hub is None
+
+
+def test_presets_of_the_language_model_are_all_on_its_page() -> None:
+    text = (DOCS / "models/transformers.md").read_text(encoding="utf-8")
+    for name in load_presets().presets("Qwen2.5-VL_7b"):
+        attention = sparse_attention_of(load_presets().get("Qwen2.5-VL_7b", name))
+        (row,) = re.findall(rf"^\| `{name}`.*$", text, flags=re.M)
+        if attention is not None:
+            assert f"| {', '.join(f'{bound:g}' for bound in attention.mask_ratios.bounds)}; " in row
+            assert f"| {attention.block_size.m} x {attention.block_size.n} |" in row
 
 
 def test_figures_are_not_made_up() -> None:
     """Each number of seconds, GiB or error on these pages stands in a file that its paragraph or table row links to."""
     checked = 0
-    for page in ("index.md", "models.md", "choosing-a-preset.md"):
-        for part in re.split(r"\n\n|\n\||\n\d\. ", (DOCS / page).read_text(encoding="utf-8")):
-            sources = [DOCS / link for link, _ in LINK.findall(part) if "benchmarks/results" in link]
-            known = "".join(source.read_text(encoding="utf-8") for source in sources)
-            for groups in re.findall(r"(\d+\.\d+) (?:ms|s|GiB)\b|from (\d\.\d{3})|to (\d\.\d{3})", part):
+    for page in ("index.md", "choosing-a-preset.md", *(page for page in PAGES if page.startswith("models"))):
+        text = re.sub(
+            r"<!-- written by.*?<!-- end -->|```.*?```", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.S
+        )
+        for part in re.split(r"\n\n|\n\||\n\d\. ", text):
+            links = [link for link, _ in LINK.findall(part) if "benchmarks/results" in link]
+            known = "".join(((DOCS / page).parent / link).read_text(encoding="utf-8") for link in links)
+            for groups in FIGURE.findall(part):
                 number = "".join(groups)
-                assert rounds_to(number, known), f"{page}: {number} has no source"
+                assert rounds_to(number.replace(",", ""), known.replace(",", "")), f"{page}: {number} has no source"
                 checked += 1
-    assert checked > 10
+    assert checked > 30
 
 
 def rounds_to(number: str, text: str) -> bool:
-    digits = len(number.split(".")[1])
-    return any(f"{float(found):.{digits}f}" == number for found in re.findall(r"\d+\.\d+", text))
+    digits = len(number.partition(".")[2])
+    return any(f"{float(found):.{digits}f}" == number for found in re.findall(r"\d+(?:\.\d+)?", text))

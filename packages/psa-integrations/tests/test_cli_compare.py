@@ -8,11 +8,24 @@ from typing import Any
 import imageio.v3 as iio
 import pytest
 
+from psa_config import Preset
 from psa_integrations.cli import build_parser, compare, main
+from psa_integrations.cli.sample import sample
 from psa_integrations.tiny_wan import build_random_pipeline
 
 SIZE = ["--frames", "4", "--width", "32", "--height", "16", "--steps", "7", "--quiet"]
 PROMPT = ["--prompt", "a red circle moving right"]
+DEEP = """
+tiny-wan:
+  attention_configs:
+    mine:
+      type: psa
+      use_rearrange: false
+      block_size: {m: 64, n: 64}
+      mask_ratios: {1: [0.0, 0.5]}
+      mask_mode: topk
+      dense_layers: [2]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +56,7 @@ def test_prompts_and_presets_give_videos_numbers_and_a_page(
     assert iio.imread(out / names[-1]).shape == (4, 16, 32, 3)
     metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert (metrics["model"], metrics["seed"], metrics["steps"]) == ("tiny-wan", 3, 7)
+    assert metrics["missing_videos"] == 0
     # Steps 0 to 4 are dense in both presets.
     assert metrics["maps"] == {"layers": [0, 1], "steps": [5, 6], "heads": [1]}
     assert [entry["prompt"] for entry in metrics["prompts"]] == ["a red circle moving right", "a blue ring"]
@@ -118,17 +132,78 @@ def test_what_can_be_known_is_refused_before_the_model_is_loaded(
         (["--map-layers", "0,2"], "--map-layers must be below 2, the number of layers, got 2"),
         (["--map-heads", "5"], "--map-heads must be below 2, the number of heads, got 5"),
         (["--map-steps", "7"], "--map-steps must be below 7, the number of steps, got 7"),
-        (["--prompt", "a red elephant"], "'elephant'"),
+        (["--prompt", "a red elephant"], "prompt 2 of 2, 'a red elephant': prompt has the word 'elephant'"),
+        (["--negative-prompt", "elephants"], "prompt has the word 'elephants'"),
+        (["--width", "34"], "width must be a positive multiple of 4, got 34"),
+        (["--presets", "deep.yaml", "--preset", "mine"], "dense_layers must be below the 2 layers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_failed_run_leaves_nothing(
-    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+def test_what_the_model_refuses_costs_no_video_and_leaves_nothing(
+    weights: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "deep.yaml"
+    file.write_text(DEEP)
+    monkeypatch.setattr(compare, "sample", lambda *_, **__: pytest.fail("a video was made"))
     command = ["compare", *PROMPT, "--weights", weights, "--out", str(tmp_path / "out"), *SIZE]
     assert main([*command, *arguments]) == 1
     assert message in error_line(capsys)
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("made", "kept"),
+    [
+        (1, []),
+        (2, ["1-0-dense.mp4", "1-1-psa_balanced.mp4"]),
+        (4, ["1-0-dense.mp4", "1-1-psa_balanced.mp4", "1-2-psa_tail.mp4"]),
+    ],
+    ids=["dense alone", "a preset is missing", "the second prompt has dense alone"],
+)
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [(KeyboardInterrupt(), 130, "psa: interrupted"), (MemoryError(), 1, "psa: error: out of memory: ")],
+    ids=["interrupted", "memory"],
+)
+def test_what_was_finished_before_a_failure_is_kept_under_another_name(
+    weights: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    made: int,
+    kept: list[str],
+    error: BaseException,
+    status: int,
+    line: str,
+) -> None:
+    done: list[str] = []
+
+    def cut_short(pipeline: Any, preset: Preset, *arguments: Any, **options: Any) -> Any:
+        if len(done) == made:
+            raise type(error)
+        done.append(preset.name)
+        return sample(pipeline, preset, *arguments, **options)
+
+    monkeypatch.setattr(compare, "sample", cut_short)
+    (tmp_path / "out-unfinished").mkdir()  # of another run
+    command = ["compare", *PROMPT, "--prompt", "a blue ring", "--preset", "psa_balanced", "--preset", "psa_tail"]
+    assert main([*command, "--weights", weights, "--out", str(tmp_path / "out"), *SIZE]) == status
+    said = error_line(capsys)
+    assert said.startswith(line)
+    folder = tmp_path / "out-unfinished-2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-unfinished", *([folder.name] if kept else [])]
+    assert said.endswith(f"; what was finished before is in {folder}") == bool(kept)
+    if kept:
+        assert sorted(path.name for path in folder.iterdir()) == [*kept, "metrics.json", "report.html"]
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        assert metrics["missing_videos"] == 6 - len(kept)
+        assert [[run["video"] for run in entry["runs"]] for entry in metrics["prompts"]] == [kept]
 
 
 @pytest.mark.parametrize("text", ["", "1,", "-1", "a", "1.5"])

@@ -1,5 +1,6 @@
 """`psa generate --prompt-file`: a video a line, shared by processes."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from psa_integrations.cli import main
+from psa_integrations.cli import generate, main
 from psa_integrations.cli.prompts import Share, numbered, read_prompts
+from psa_integrations.cli.sample import sample
 from psa_integrations.tiny_wan import build_random_pipeline
 
 PROMPTS = ("a red circle moving right", "a blue ring moving up", "a green square moving left")
@@ -83,6 +85,44 @@ def test_a_process_makes_its_share_and_no_more(
     monkeypatch.setenv("RANK", "5")
     assert main([*arguments, "--prompt-file", str(file), "--out", str(tmp_path / "a.mp4")]) == 1
     assert "the environment's RANK must be below its WORLD_SIZE 5, got 5" in capsys.readouterr().err
+
+
+def test_a_prompt_that_the_model_refuses_costs_no_video(
+    arguments: list[str],
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file.write_text("\n".join([*PROMPTS, "an elephant"]))
+    monkeypatch.setattr(generate, "sample", lambda *_, **__: pytest.fail("a video was made"))
+    for rank in ("0", "1"):  # it is the prompt of one of them
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        assert main([*arguments, "--prompt-file", str(file), "--out", str(tmp_path / "a.mp4")]) == 1
+        assert "psa: error: prompt 4 of 4, 'an elephant': prompt has the word" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_videos_finished_before_a_failure_stay(
+    arguments: list[str],
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: type[BaseException],
+) -> None:
+    def cut_short(pipeline: object, preset: object, options: argparse.Namespace, *more: object) -> object:
+        if options.prompt == PROMPTS[2]:
+            raise error
+        return sample(pipeline, preset, options, *more)
+
+    monkeypatch.setattr(generate, "sample", cut_short)
+    out = tmp_path / "videos"
+    out.mkdir()
+    assert main([*arguments, "--prompt-file", str(file), "--out", str(out / "fox.mp4")]) > 0
+    assert sorted(path.name for path in out.iterdir()) == ["fox-0000.mp4", "fox-0001.mp4"]
+    assert f"; 2 of 3 videos were finished before and are in {out}" in capsys.readouterr().err
 
 
 def test_shares_are_all_prompts_once() -> None:

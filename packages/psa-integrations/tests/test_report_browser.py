@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -212,12 +213,19 @@ MAPS = {
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two prompts, each with a dense run and two sparse ones, whose first two steps of four were dense."""
+    folder = tmp_path_factory.mktemp("report")
+    report().write(folder)
+    return folder / "report.html"
+
+
+def report(num_videos: int = 6) -> ReportWriter:
+    """Of six videos, of as many as there were to be."""
     about = {
         "program": "psa 0", "model": "tiny", "seed": 0, "width": WIDTH, "height": HEIGHT, "frames": FRAMES, "steps": 4,
         "guidance": 3.0, "fps": 8, "negative_prompt": None, "device": "cpu", "dtype": "float32",
         "maps": {"layers": [0, 1], "steps": [1, 3], "heads": [0, 2]},
     }  # fmt: skip
-    writer = ReportWriter(about, num_videos=6)
+    writer = ReportWriter(about, num_videos=num_videos)
     for prompt, text in enumerate((NASTY, "another prompt")):
         writer.start_prompt(text)
         for run, name in enumerate(("dense", "Plain", NASTY)):
@@ -233,15 +241,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     description="",
                     file="video.mp4",
                     video=VIDEOS[prompt][run],
-                    seconds=4.0,
+                    seconds=(4.0, 3.2, 5.0)[run],
                     step_seconds=(1.0, 1.0, 0.5, 0.5),
                     stats=AttentionStats(layers),
                     maps=tuple(MAPS[name].values()) if run and prompt == 0 else (),
                 )
             )
-    folder = tmp_path_factory.mktemp("report")
-    writer.write(folder)
-    return folder / "report.html"
+    return writer
 
 
 def colour(level: int, colours: tuple[str, ...] = LEVEL_COLOURS) -> list[int]:
@@ -286,6 +292,24 @@ def test_names_and_prompts_are_texts(browser: Browser, page: Path) -> None:
     ]
     assert browser.js("document.querySelectorAll('script, img').length") == 2
     assert browser.js("document.title") == f"{NASTY} and 1 more · tiny"
+
+
+def test_the_table_says_how_much_faster_a_preset_is(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    cells = browser.js("[...document.querySelectorAll('#summary tr')].map((it) => it.cells[2].textContent)")
+    assert [re.sub(r"[^\w.-]", "", cell) for cell in cells] == ["Speed-up", "", "1.25", "0.80"]
+    names = "[...document.querySelectorAll('{} span')].map((it) => it.textContent)"
+    assert browser.js(names.format("#time-keys")) == ["dense", "Plain", NASTY]
+    assert browser.js(names.format("#frames-keys")) == ["Plain", NASTY]
+
+
+def test_a_run_that_was_cut_short_says_so(browser: Browser, page: Path, tmp_path: Path) -> None:
+    browser.open(page)
+    notice = "(() => { const it = document.querySelector('#missing'); return [it.hidden, it.textContent]; })()"
+    assert browser.js(notice) == [True, ""]
+    report(num_videos=8).write(tmp_path)
+    browser.open(tmp_path / "report.html")
+    assert browser.js(notice) == [False, "The run was cut short: 2 videos of it are missing here."]
 
 
 def assert_all_show(browser: Browser, frame: int, prompt: int = 0) -> None:

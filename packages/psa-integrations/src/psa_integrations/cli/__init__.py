@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = int(options.run(options) or 0)
         sys.stdout.flush()  # what cannot be written is known here, not in the interpreter's last breath
-    except KeyboardInterrupt:
-        print("psa: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"psa: interrupted{_notes(error)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader has gone, as `head` does: nothing is left to be said to it.
@@ -42,9 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (MemoryError, torch.OutOfMemoryError) as error:
         advice = "a smaller --width, --height or --frames needs less, and so does --dtype bfloat16"
-        print(f"psa: error: out of memory: {advice}. {' '.join(str(error).split())}".rstrip(), file=sys.stderr)
+        text = f"psa: error: out of memory: {advice}. {' '.join(str(error).split())}".rstrip()
+        print(f"{text}{_notes(error)}", file=sys.stderr)
         return 1
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"psa: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"psa: error: {' '.join(str(error).split())}{_notes(error)}", file=sys.stderr)
         return 1
     return status
+
+
+def _notes(error: BaseException) -> str:
+    """What a command had to say when it failed, for the same line."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))

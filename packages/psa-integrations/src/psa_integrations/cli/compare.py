@@ -1,10 +1,11 @@
 """`psa compare`: dense attention and any number of presets from one seed, as a page to look at."""
 
 import argparse
+import itertools
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import print_json, set_up_logging
 from psa_integrations.cli.prompts import read_prompts
-from psa_integrations.cli.sample import StepClock, add_sampling_options, check_steps, chosen, sample
+from psa_integrations.cli.sample import StepClock, add_sampling_options, check_calls, check_steps, chosen, sample
 from psa_integrations.cli.video import SMALLEST_SIDE, write_video
 from psa_integrations.recording import LevelRecorder
 from psa_integrations.report import ReportRun, ReportWriter
@@ -83,6 +84,7 @@ def run(options: argparse.Namespace) -> None:
         pipeline = load_model(
             spec, weights=options.weights, lora=options.lora, device=options.device, dtype=options.dtype
         )
+        check_calls(pipeline, sparse, prompts, options, settings)
         maps = _maps_to_keep(options, pipeline, sparse, settings.steps)
         dense = sparse[0].model_copy(
             update={"name": DENSE, "attention": DenseAttention(type="dense", description="Full attention.")}
@@ -99,36 +101,56 @@ def run(options: argparse.Namespace) -> None:
             "maps": {name: list(kept) for name, kept in maps.items()},
         }
         writer = ReportWriter(about, num_videos=len(prompts) * len(presets))
-        for number, prompt in enumerate(prompts, 1):
-            writer.start_prompt(prompt)
-            if not options.json:
-                print(f"{prompt!r}, seed {options.seed}")
-            for place, preset in enumerate(presets):
-                recorder, clock = LevelRecorder(**maps, max_bytes=_MAP_BYTES), StepClock()
-                told = argparse.Namespace(**vars(options) | {"prompt": prompt})
-                result = sample(pipeline, preset, told, settings, recorder=recorder, clock=clock)
-                name = f"{number}-{place}-{re.sub(r'[^A-Za-z0-9._-]', '_', preset.name)}.mp4"
-                write_video(result.video, folder / name, settings.fps)
-                entry = writer.add(
-                    ReportRun(
-                        name=preset.name,
-                        description=preset.attention.description,
-                        file=name,
-                        video=result.video,
-                        seconds=result.seconds,
-                        step_seconds=clock.seconds,
-                        stats=result.stats,
-                        maps=recorder.maps(),
-                        maps_left_out=recorder.left_out,
-                    )
-                )
-                if not options.json:
-                    print(f"  {_line(entry)}")
+        try:
+            _make_videos(pipeline, prompts, presets, maps, options, settings, writer, folder)
+        except BaseException as error:  # an interrupt too: it goes on, with a remark
+            kept = _keep_finished(writer, folder, options.out)
+            if kept is not None:
+                error.add_note(f"what was finished before is in {kept}")
+            raise
         writer.write(folder)
     if options.json:
         print_json({"out": str(options.out), **json.loads((options.out / "metrics.json").read_text())})
         return
     print(f"{options.out / 'report.html'}: open it in a browser; the numbers are in {options.out / 'metrics.json'}")
+
+
+def _make_videos(
+    pipeline: Any,
+    prompts: Sequence[str],
+    presets: Sequence[Preset],
+    maps: Mapping[str, tuple[int, ...]],
+    options: argparse.Namespace,
+    settings: RunDefaults,
+    writer: ReportWriter,
+    folder: Path,
+) -> None:
+    """Makes each prompt's video with every preset, dense first, for `folder` and `writer`."""
+    for number, prompt in enumerate(prompts, 1):
+        writer.start_prompt(prompt)
+        if not options.json:
+            print(f"{prompt!r}, seed {options.seed}")
+        for place, preset in enumerate(presets):
+            recorder, clock = LevelRecorder(**maps, max_bytes=_MAP_BYTES), StepClock()
+            told = argparse.Namespace(**vars(options) | {"prompt": prompt})
+            result = sample(pipeline, preset, told, settings, recorder=recorder, clock=clock)
+            name = f"{number}-{place}-{re.sub(r'[^A-Za-z0-9._-]', '_', preset.name)}.mp4"
+            write_video(result.video, folder / name, settings.fps)
+            entry = writer.add(
+                ReportRun(
+                    name=preset.name,
+                    description=preset.attention.description,
+                    file=name,
+                    video=result.video,
+                    seconds=result.seconds,
+                    step_seconds=clock.seconds,
+                    stats=result.stats,
+                    maps=recorder.maps(),
+                    maps_left_out=recorder.left_out,
+                )
+            )
+            if not options.json:
+                print(f"  {_line(entry)}")
 
 
 def _line(entry: Any) -> str:
@@ -159,7 +181,7 @@ def _check(prompts: Sequence[str], presets: Sequence[Preset], settings: RunDefau
 
 @contextmanager
 def _folder(out: Path) -> Iterator[Path]:
-    """A new folder that gets the name `out` when all went well, and else is gone."""
+    """A new folder that gets the name `out` when all went well; else it is gone, unless it got another name before."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out must be a new or an empty folder, and {out} is neither")
     if not out.absolute().parent.is_dir():
@@ -172,6 +194,27 @@ def _folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         partial.replace(out)
+
+
+def _keep_finished(writer: ReportWriter, folder: Path, out: Path) -> Path | None:
+    """Gives a run that was cut short the name `out` with `-unfinished` behind, or `-unfinished-2` and so on.
+
+    Returns:
+        The folder, with the report of what can be compared and no other file; None where nothing can.
+    """
+    videos = writer.finish_early()
+    if not videos:
+        return None
+    for path in folder.iterdir():
+        if path.name not in videos:
+            path.unlink()
+    writer.write(folder)
+    place = out.with_name(f"{out.name}-unfinished")
+    for number in itertools.count(2):
+        if not place.exists():
+            break
+        place = out.with_name(f"{out.name}-unfinished-{number}")
+    return folder.replace(place)
 
 
 def _maps_to_keep(

@@ -40,6 +40,20 @@ def estimate_density(attention: PyramidSparseAttention, grid: VideoGrid) -> Dens
     )
 
 
+def run_density(attention: PyramidSparseAttention, sparse_step: float, *, steps: int, layers: int | None) -> float:
+    """Mean density of a run whose sparse layers have the density `sparse_step` in sparse steps.
+
+    Args:
+        attention: which steps and layers are dense.
+        sparse_step: see `estimate_density`.
+        steps: of the run.
+        layers: of the model, None where they are not known, and its dense layers are then not counted.
+    """
+    dense = min(steps, attention.warmup_steps + attention.cooldown_steps)
+    share = 0.0 if layers is None else len([layer for layer in attention.dense_layers if layer < layers]) / layers
+    return (dense + (steps - dense) * (share + (1 - share) * sparse_step)) / steps
+
+
 def _density(
     attention: PyramidSparseAttention, grid: VideoGrid, layout: BlockLayout, importance: Tensor, *, pooled: bool
 ) -> float:

@@ -1,7 +1,6 @@
 """`psa generate`: a video of each prompt."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS
 from psa_integrations.cli.output import print_json, set_up_logging, versions
 from psa_integrations.cli.prompts import Share, numbered, read_prompts
-from psa_integrations.cli.sample import add_sampling_options, check_steps, chosen, sample, settings_report
+from psa_integrations.cli.sample import add_sampling_options, check_calls, check_steps, chosen, sample, settings_report
 from psa_integrations.cli.video import check_output, write_video
 
 
@@ -51,11 +50,7 @@ def run(options: argparse.Namespace) -> None:
     check_output(options.out)
     share = Share.of()
     prompts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
-    defaults = spec.defaults
-    if preset.name in spec.few_steps:
-        steps, guidance = spec.few_steps[preset.name]
-        defaults = replace(defaults, steps=steps, guidance=guidance)
-    settings = chosen(options, defaults)
+    settings = chosen(options, spec.defaults_of(preset.name))
     check_steps(preset, settings.steps)
 
     own = share.indices(len(prompts))
@@ -65,11 +60,18 @@ def run(options: argparse.Namespace) -> None:
     if device is None and share.size > 1 and torch.cuda.is_available():
         device = f"cuda:{share.local_rank}"
     pipeline = load_model(spec, weights=options.weights, lora=options.lora, device=device, dtype=options.dtype)
-    for index in own:
+    # All of them in each process, so that no other one works on while this one says what is wrong.
+    check_calls(pipeline, [preset], prompts, options, settings)
+    for number, index in enumerate(own):
         out = options.out if options.prompt_file is None else numbered(options.out, index)
         one = argparse.Namespace(**vars(options) | {"prompt": prompts[index]})
-        result = sample(pipeline, preset, one, settings)
-        write_video(result.video, out, settings.fps)
+        try:
+            result = sample(pipeline, preset, one, settings)
+            write_video(result.video, out, settings.fps)
+        except BaseException as error:  # an interrupt too: it goes on, with a remark
+            if number:
+                error.add_note(f"{number} of {len(own)} videos were finished before and are in {out.parent}")
+            raise
         frames, height, width = result.video.shape[:3]
         if options.json:
             report = {

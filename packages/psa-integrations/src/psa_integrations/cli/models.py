@@ -1,7 +1,7 @@
 """The models the command knows, their weights and their run defaults."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,13 @@ class ModelSpec:
     hub: str | None
     defaults: RunDefaults
     few_steps: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+
+    def defaults_of(self, preset: str) -> RunDefaults:
+        """The run defaults under the preset of that name."""
+        if preset not in self.few_steps:
+            return self.defaults
+        steps, guidance = self.few_steps[preset]
+        return replace(self.defaults, steps=steps, guidance=guidance)
 
 
 MODELS: dict[str, ModelSpec] = {

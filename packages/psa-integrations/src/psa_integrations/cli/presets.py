@@ -10,7 +10,7 @@ from psa_config import Preset, load_presets
 from psa_config.commands import add_commands
 from psa_config.describe import describe
 from psa_integrations.build import sparse_attention_of
-from psa_integrations.cli.estimate import estimate_density
+from psa_integrations.cli.estimate import estimate_density, run_density
 from psa_integrations.cli.models import MODELS
 from psa_integrations.cli.sample import positive
 from psa_integrations.cli.shapes import SHAPES, grid_of
@@ -49,7 +49,7 @@ def _explanation(preset: Preset, options: argparse.Namespace) -> Iterator[str]:
     yield ""
     yield from describe(preset)
     yield ""
-    defaults = next((spec.defaults for spec in MODELS.values() if spec.presets == preset.model), None)
+    defaults = next((spec.defaults_of(preset.name) for spec in MODELS.values() if spec.presets == preset.model), None)
     steps = options.steps or getattr(defaults, "steps", None)
     width, height, frames = (getattr(options, name) or getattr(defaults, name, None) for name in _SIZE)
     if width is None or height is None or frames is None:
@@ -62,7 +62,7 @@ def _explanation(preset: Preset, options: argparse.Namespace) -> Iterator[str]:
         f"({grid.frames} x {grid.height} x {grid.width}{text})."
     )
     shape = SHAPES.get(preset.model)
-    work = "" if shape is None else _tera(shape.dense_flops(grid.seq_len))
+    work = "" if shape is None else tera(shape.dense_flops(grid.seq_len))
     attention = sparse_attention_of(preset)
     if attention is None:
         yield f"Attention of one forward: {work or 'dense'}."
@@ -79,15 +79,15 @@ def _explanation(preset: Preset, options: argparse.Namespace) -> Iterator[str]:
         yield f"Attention of one forward: {work} dense, about {estimate.expected:.3f} of that in a sparse step."
     if steps is not None:
         dense = min(steps, attention.warmup_steps + attention.cooldown_steps)
-        layers = 0.0 if shape is None else len([i for i in attention.dense_layers if i < shape.layers]) / shape.layers
-        sparse = layers + (1 - layers) * estimate.expected
-        run = (dense + (steps - dense) * sparse) / steps
+        layers = None if shape is None else shape.layers
+        run = run_density(attention, estimate.expected, steps=steps, layers=layers)
         yield f"Density of {steps} steps, {dense} of them dense: about {run:.3f}."
 
 
-def _tera(flops: float) -> str:
-    tera = flops / 1e12
-    return f"{tera:,.0f} TFLOP" if tera >= 100 else f"{tera:.3g} TFLOP"
+def tera(flops: float) -> str:
+    """Work as a text, in TFLOP."""
+    value = flops / 1e12
+    return f"{value:,.0f} TFLOP" if value >= 100 else f"{value:.3g} TFLOP"
 
 
 def _and_unlike(capped: bool) -> str:

@@ -1,9 +1,11 @@
 """One video from one preset: what the commands that make videos share."""
 
 import argparse
+import inspect
 import logging
 import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -128,6 +130,41 @@ def check_steps(preset: Preset, steps: int) -> None:
             f"--steps must be above the dense steps of {preset.model}/{preset.name}, warmup_steps "
             f"{sparse.warmup_steps} and cooldown_steps {sparse.cooldown_steps}, got {steps}"
         )
+
+
+def check_calls(
+    pipeline: Any, presets: Sequence[Preset], prompts: Sequence[str], options: argparse.Namespace, run: RunDefaults
+) -> None:
+    """Raises, before any video is made, what the pipeline refuses of a prompt or the size, and of a preset.
+
+    Args:
+        pipeline: see `sample`; its `check_inputs` says what it takes, as that of every pipeline of diffusers does.
+        presets: all that will be sampled.
+        prompts: likewise.
+        options: those of `add_sampling_options`.
+        run: see `sample`.
+    """
+    for preset in presets:
+        apply_pyramid_sparse_attention(pipeline, preset).remove()
+    given: dict[str, object] = {
+        "negative_prompt": options.negative_prompt if run.guidance > 1 else None,
+        "width": run.width,
+        "height": run.height,
+        "num_frames": run.frames,
+    }
+    takes = inspect.signature(pipeline.check_inputs).parameters
+    for number, prompt in enumerate(prompts, 1):
+        given["prompt"] = prompt
+        # What it insists on beside these, such as a second prompt, a run does not give either.
+        named = {
+            name: given.get(name) for name, taken in takes.items() if name in given or taken.default is taken.empty
+        }
+        try:
+            pipeline.check_inputs(**named)
+        except ValueError as error:
+            if len(prompts) == 1:
+                raise
+            raise ValueError(f"prompt {number} of {len(prompts)}, {prompt!r}: {error}") from error
 
 
 def sample(

@@ -24,7 +24,7 @@ from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import print_json, set_up_logging
 from psa_integrations.cli.prompts import read_prompts
-from psa_integrations.cli.sample import add_sampling_options, check_steps, chosen, positive, sample
+from psa_integrations.cli.sample import add_sampling_options, check_calls, check_steps, chosen, positive, sample
 from psa_integrations.cli.video import SMALLEST_SIDE, psnr_and_ssim
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
@@ -117,6 +117,7 @@ def run(options: argparse.Namespace) -> None:
     check_steps(base, settings.steps)
 
     pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
+    check_calls(pipeline, [base], prompts, options, settings)
     scale = base.video_scale
     grid = VideoGrid(
         frames=(settings.frames - 1) // scale.depth_divisor + 1,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,15 @@ class ReportRun:
     maps_left_out: int = 0
 
 
+@dataclass
+class _Prompt:
+    """A prompt with, of each run in turn, its entry in `metrics.json` and what the page shows of it."""
+
+    prompt: str
+    numbers: list[dict[str, object]] = field(default_factory=list)
+    shown: list[dict[str, object]] = field(default_factory=list)
+
+
 class ReportWriter:
     """Takes prompts and their runs, keeps what the page shows of them, and writes it.
 
@@ -43,15 +52,14 @@ class ReportWriter:
     Args:
         about: what is the same for all runs (model, seed, size ...), plain values for JSON; `fps` is the rate at
             which videos play.
-        num_videos: how many there will be, for whether their frames can be on the page as they are.
+        num_videos: how many there will be, for whether their frames can be on the page as they are, and how many
+            are missing from it in the end.
     """
 
     def __init__(self, about: Mapping[str, object], *, num_videos: int) -> None:
         self._about = dict(about)
         self._num_videos = num_videos
-        self._prompts: list[dict[str, object]] = []
-        self._numbers: list[dict[str, object]] = []
-        self._shown: list[dict[str, object]] = []
+        self._prompts: list[_Prompt] = []
         self._orders: list[dict[str, object]] = []
         self._order_places: dict[tuple[VideoGrid, int], int] = {}
         self._kept_orders: list[TokenOrder] = []
@@ -60,8 +68,8 @@ class ReportWriter:
 
     def start_prompt(self, prompt: str) -> None:
         """The runs from now on are of this prompt; the first of them is the dense one."""
-        self._numbers, self._shown, self._dense = [], [], None
-        self._prompts.append({"prompt": prompt, "numbers": self._numbers, "shown": self._shown})
+        self._dense = None
+        self._prompts.append(_Prompt(prompt))
 
     def add(self, run: ReportRun) -> Mapping[str, object]:
         """Measures a run against the dense one of its prompt.
@@ -88,28 +96,40 @@ class ReportWriter:
             exact = run.video.nbytes // run.video.itemsize * self._num_videos <= EXACT_BYTES
             width, height = frame_size(run.video.shape[2], run.video.shape[1], exact=exact)
             self._pictures = {"width": width, "height": height, "exact": exact}
-        self._shown.append(
+        self._prompts[-1].shown.append(
             {
                 "frames": encode_frames(run.video, exact=bool(self._pictures["exact"])),
                 "maps": [self._map(level_map) for level_map in run.maps],
                 "maps_left_out": run.maps_left_out,
             }
         )
-        self._numbers.append(numbers)
+        self._prompts[-1].numbers.append(numbers)
         if dense:
             self._dense = run.video
         return numbers
 
+    def finish_early(self) -> list[str]:
+        """Leaves out what has nothing to be compared with, after a run that was cut short.
+
+        Returns:
+            The files of the videos that stay, none where there is nothing to show.
+        """
+        for entry in self._prompts:
+            del entry.shown[len(entry.numbers) :]  # of a run that was cut short between the two
+        self._prompts = [entry for entry in self._prompts if len(entry.numbers) > 1]
+        return [str(run["video"]) for entry in self._prompts for run in entry.numbers]
+
     def metrics(self) -> dict[str, object]:
         """The content of `metrics.json`."""
-        prompts = [{"prompt": entry["prompt"], "runs": entry["numbers"]} for entry in self._prompts]
-        return {"format": 1, **self._about, "prompts": prompts}
+        prompts = [{"prompt": entry.prompt, "runs": entry.numbers} for entry in self._prompts]
+        missing = self._num_videos - sum(len(entry.numbers) for entry in self._prompts)
+        return {"format": 1, **self._about, "missing_videos": missing, "prompts": prompts}
 
     def page_data(self) -> dict[str, object]:
         """The content of the page: the metrics, frames and level maps."""
         return {
             **self.metrics(),
-            "shown": [entry["shown"] for entry in self._prompts],
+            "shown": [entry.shown for entry in self._prompts],
             "pictures": self._pictures,
             "orders": self._orders,
             "palette": {"light": LEVEL_COLOURS, "dark": LEVEL_COLOURS_DARK},
@@ -119,7 +139,7 @@ class ReportWriter:
         """Writes `metrics.json` and `report.html` into `folder`."""
         text = json.dumps(self.metrics(), indent=1, allow_nan=False, ensure_ascii=False)
         (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-        prompts = [str(entry["prompt"]) for entry in self._prompts]
+        prompts = [entry.prompt for entry in self._prompts]
         more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
         title = f"{prompts[0]}{more} · {self._about.get('model', 'comparison')}"
         (folder / "report.html").write_text(render_page(self.page_data(), title=title), encoding="utf-8")

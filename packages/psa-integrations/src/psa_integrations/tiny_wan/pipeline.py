@@ -88,13 +88,15 @@ class TinyWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             ValueError: a size that is not a positive multiple of the patch, fewer than one step, an unknown
                 word or `output_type`, numbers of prompts that differ.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
-        negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
-        _check_call(len(prompts), len(negatives), num_frames, height, width, num_inference_steps, output_type)
+        guided = guidance_scale > 1
+        self.check_inputs(prompt, negative_prompt if guided else None, height, width, num_frames)
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if output_type not in ("np", "pt", "pil", "latent"):
+            raise ValueError(f"output_type must be 'np', 'pt', 'pil' or 'latent', got {output_type!r}")
 
         device, dtype = self._execution_device, self.transformer.dtype
-        guided = guidance_scale > 1
+        prompts, negatives = _captions(prompt, negative_prompt)
         positive = encode_captions(prompts).to(device)
         negative = encode_captions(negatives).to(device) if guided else None
 
@@ -127,6 +129,34 @@ class TinyWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.maybe_free_model_hooks()
         return TinyWanOutput(frames=_to_frames(latents, output_type))
 
+    def check_inputs(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None,
+        height: int,
+        width: int,
+        num_frames: int = 16,
+    ) -> None:
+        """Refuses what a call would, without any work.
+
+        Raises:
+            TypeError: a prompt is no string.
+            ValueError: see `__call__`.
+        """
+        prompts, negatives = _captions(prompt, negative_prompt)
+        if not prompts:
+            raise ValueError("prompt must hold at least one caption, got none")
+        if len(negatives) != len(prompts):
+            raise ValueError(f"negative_prompt must hold one caption a prompt ({len(prompts)}), got {len(negatives)}")
+        for name, value, multiple in (
+            ("num_frames", num_frames, 1),
+            ("height", height, PATCH),
+            ("width", width, PATCH),
+        ):
+            if value < multiple or value % multiple:
+                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
+        encode_captions([*prompts, *negatives])
+
     def _flow(
         self,
         name: str,
@@ -145,24 +175,11 @@ class TinyWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return flow.float()
 
 
-def _check_call(
-    prompts: int, negatives: int, num_frames: int, height: int, width: int, steps: int, output_type: str
-) -> None:
-    if prompts < 1:
-        raise ValueError("prompt must hold at least one caption, got none")
-    if negatives != prompts:
-        raise ValueError(f"negative_prompt must hold one caption a prompt ({prompts}), got {negatives}")
-    for name, value, multiple in (
-        ("num_frames", num_frames, 1),
-        ("height", height, PATCH),
-        ("width", width, PATCH),
-    ):
-        if value < multiple or value % multiple:
-            raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
-    if steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
-    if output_type not in ("np", "pt", "pil", "latent"):
-        raise ValueError(f"output_type must be 'np', 'pt', 'pil' or 'latent', got {output_type!r}")
+def _captions(prompt: str | list[str], negative_prompt: str | list[str] | None) -> tuple[list[str], list[str]]:
+    """Prompts and negative prompts as lists; one negative prompt is that of all."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
+    return prompts, negatives * len(prompts) if len(negatives) == 1 else negatives
 
 
 def _cache_context(transformer: Any, name: str, where: dict[str, Any]) -> AbstractContextManager[None]:

@@ -119,17 +119,20 @@ function drawTimeChart() {
 }
 
 function drawSummary() {
-  const head = ["Preset", "Time", "vs dense", "Density", "PSNR", "SSIM"].map((text) => make("th", { scope: "col" }, text));
+  const head = ["Preset", "Time", "Speed-up", "Density", "PSNR", "SSIM"].map((text) => make("th", { scope: "col" }, text));
   const rows = runs().map((run, index) => {
     const name = make("td", {}, keyOf(index), run.name);
     const cells = [
       seconds(run.seconds),
-      index ? `${(run.seconds / runs()[0].seconds).toFixed(2)}×` : "–",
+      index ? `${(runs()[0].seconds / run.seconds).toFixed(2)}×` : "–",
       run.density.toFixed(3),
       index ? (run.psnr === null ? "equal" : run.psnr.toFixed(2)) : "–",
-      index ? run.ssim.toFixed(4) : "–",
+      index ? run.ssim.toFixed(3) : "–",
     ];
     return make("tr", {}, name, ...cells.map((text) => make("td", {}, text)));
   });
+  const keys = runs().map((run, index) => make("span", {}, keyOf(index), run.name));
+  $("time-keys").replaceChildren(...keys);
+  $("frames-keys").replaceChildren(...keys.slice(1).map((key) => key.cloneNode(true)));
   $("summary").replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
 }

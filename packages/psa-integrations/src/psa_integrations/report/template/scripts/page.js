@@ -93,6 +93,10 @@ async function showPrompt(index) {
 async function start() {
   const size = `${numFrames()} frames of ${data.width}×${data.height}`;
   $("facts").textContent = `${data.model}, seed ${data.seed}, ${size}, ${plural(data.steps, "step")}, guidance ${data.guidance}` + (data.negative_prompt ? `, away from “${data.negative_prompt}”` : "");
+  if (data.missing_videos) {
+    $("missing").hidden = false;
+    $("missing").textContent = `The run was cut short: ${plural(data.missing_videos, "video")} of it ${data.missing_videos === 1 ? "is" : "are"} missing here.`;
+  }
   $("program").textContent = `Made by psa compare, ${data.program}.`;
   if (data.prompts.length > 1) {
     $("prompt-choice").hidden = false;

@@ -3,7 +3,7 @@
 /** The frame of the video that a frame of tokens shows best: models that compress time keep the first frame alone. */
 const videoFrame = (t) => (view.order.frames < 2 ? 0 : Math.round((t * (numFrames() - 1)) / (view.order.frames - 1)));
 
-/** How many frames side by side: the strip is to be about as high as the map beside it, with few gaps at its end. */
+/** How many frames side by side: the strip is to be about as high as the map and its legend beside it, with few gaps at its end. */
 function stripShape(width) {
   const { frames, height, width: across } = view.order;
   const gap = 6, label = 17;
@@ -11,7 +11,7 @@ function stripShape(width) {
   for (let columns = 1; columns <= frames; columns++) {
     const tile = (width - gap * (columns - 1)) / columns, tall = (tile * height) / across, rows = Math.ceil(frames / columns);
     if (best && tile < 56) break;
-    const off = Math.abs(rows * (tall + label + gap) - 0.66 * width) / width + (0.5 * (rows * columns - frames)) / columns;
+    const off = Math.abs(rows * (tall + label + gap) - 0.92 * width) / width + (0.5 * (rows * columns - frames)) / columns;
     if (!best || off < best.off) best = { off, columns, tile, tall, rows, gap, label };
   }
   $("strip").dataset.columns = best.columns;
