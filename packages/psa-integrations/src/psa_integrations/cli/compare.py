@@ -209,6 +209,7 @@ def _keep_finished(writer: ReportWriter, folder: Path, out: Path) -> Path | None
         if path.name not in videos:
             path.unlink()
     writer.write(folder)
+    out = out.absolute()  # so that it has a name where it is "."
     place = out.with_name(f"{out.name}-unfinished")
     for number in itertools.count(2):
         if not place.exists():
