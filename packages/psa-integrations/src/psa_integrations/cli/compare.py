@@ -103,12 +103,12 @@ def run(options: argparse.Namespace) -> None:
         writer = ReportWriter(about, num_videos=len(prompts) * len(presets))
         try:
             _make_videos(pipeline, prompts, presets, maps, options, settings, writer, folder)
+            writer.write(folder)
         except BaseException as error:  # an interrupt too: it goes on, with a remark
             kept = _keep_finished(writer, folder, options.out)
             if kept is not None:
                 error.add_note(f"what was finished before is in {kept}")
             raise
-        writer.write(folder)
     if options.json:
         print_json({"out": str(options.out), **json.loads((options.out / "metrics.json").read_text())})
         return
@@ -209,6 +209,7 @@ def _keep_finished(writer: ReportWriter, folder: Path, out: Path) -> Path | None
         if path.name not in videos:
             path.unlink()
     writer.write(folder)
+    out = out.absolute()  # so that it has a name where it is "."
     place = out.with_name(f"{out.name}-unfinished")
     for number in itertools.count(2):
         if not place.exists():
