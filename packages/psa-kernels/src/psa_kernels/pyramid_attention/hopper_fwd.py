@@ -26,6 +26,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_kernels.triton_device import can_copy_by_descriptor, is_hopper, num_multiprocessors, shared_memory_limit
 
+# Gluon is young and its functions change: of another Triton's nothing is known here.
+if not (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9):
+    raise ImportError(f"the kernel for Hopper compiles with Triton 3.6 to 3.9, this is {triton.__version__}")
 # The same functions by the names of Triton 3.9 and of 3.6.
 _copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _copy_elements = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared

@@ -416,7 +416,7 @@ def _find_hopper() -> ModuleType | None:
     """The kernel for Hopper, where this Triton has the Gluon that it is written in."""
     try:
         return import_module("psa_kernels.pyramid_attention.hopper_fwd")
-    except (ImportError, AttributeError):
+    except ImportError:
         return None
 
 
