@@ -122,19 +122,20 @@ def imports(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build sdist and wheel of each package, and install both kinds into a clean environment."""
+    """Build sdist and wheel of each package, and install the wheels, then the sdists, into a clean environment."""
     build_wheels(session, WHEELS)
     session.run("python", "tests/lib/archives.py", str(WHEELS))
-    for kind in ("*.whl", "*.tar.gz"):
-        environment = Path(session.create_tmp()) / "clean"
-        session.run("python", "-m", "venv", "--clear", str(environment))
-        python = environment / "bin" / "python"
+    environment = Path(session.create_tmp()) / "clean"
+    session.run("python", "-m", "venv", "--clear", str(environment))
+    python = str(environment / "bin" / "python")
+    install_into = (python, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints-cpu.txt"))
+    # The sdists come over the wheels: what both need is installed once.
+    for kind, *options in (("*.whl",), ("*.tar.gz", "--force-reinstall", "--no-deps")):
         archives = [str(path) for path in sorted(WHEELS.glob(kind))]
-        constraint = ("--constraint", str(ROOT / "constraints-cpu.txt"))
-        session.run(str(python), "-m", "pip", "install", "--quiet", *constraint, *archives, external=True)
-        session.run(str(python), "-m", "pip", "check", external=True)
+        session.run(*install_into, *options, *archives, external=True)
+        session.run(python, "-m", "pip", "check", external=True)
         code = f"import {', '.join(MODULES)}; print(*[m.__version__ for m in ({', '.join(MODULES)})])"
-        session.run(str(python), "-c", code, external=True)
+        session.run(python, "-c", code, external=True)
         session.run(str(environment / "bin" / "psa"), "--version", external=True)
 
 
