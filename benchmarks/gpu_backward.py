@@ -175,7 +175,9 @@ def report_fastvideo(name: str) -> int:
     """In the process of its own: prints the figures or the reason, and returns the exit status."""
     try:
         print(json.dumps(asdict(measure_fastvideo(SHAPES[name]))))
-    except Exception as error:  # another project's kernel raises anything; the table says it, and the others go on
+    # Another project's kernel, whose errors are of no known kinds. Whatever it raises is the remark in its row of the
+    # table, and this process, which exists for that row alone, ends after it.
+    except Exception as error:
         print(reason(error))
         return 1
     return 0
