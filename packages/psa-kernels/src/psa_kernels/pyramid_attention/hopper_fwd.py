@@ -329,6 +329,8 @@ def _forward_kernel(
     for i in gl.static_range(QUERIES):
         mbarrier.init(query_full.index(i), count=1)
         mbarrier.init(query_empty.index(i), count=2)
+    # Empty once both groups say so. Full after 129 arrivals: of 128 threads that copy rows and one more of them all, or
+    # of a descriptor's copy and one that stands for the 128.
     for i in gl.static_range(STAGES):
         mbarrier.init(key_full.index(i), count=129)
         mbarrier.init(key_empty.index(i), count=2)
