@@ -65,7 +65,7 @@ def counted(kernel, given, options):
     """Bytes of shared memory that the tile of a launch counts; None where the tile does not depend on the device."""
     if kernel.is_gluon():
         hopper = importlib.import_module("psa_kernels.pyramid_attention.hopper_fwd")
-        return hopper.shared_memory(given["HEAD_DIM"], given["out_ptr"].element_size())
+        return hopper.shared_memory(given["HEAD_DIM"], given["pooled_ptr"].element_size())
     if kernel.fn.__name__ == "_forward_kernel":
         tiles = importlib.import_module("psa_kernels.pyramid_attention.tiles")
         tile = tiles.Tile(given["TILE_M"], given["TILE_N"], options["num_warps"], options["num_stages"])
@@ -189,8 +189,10 @@ def main() -> None:
         out = pyramid_attention(*half, plan, **blocks, is_causal=is_causal, **options)
         out.backward(torch.ones_like(out))
     if capability == 90:
-        importlib.import_module("psa_kernels.pyramid_attention.hopper_fwd").MOST_LEVELS = 8
+        # Hopper's kernel, with warps that gather and without.
         tiles(torch.bfloat16, 128, 128, 128, False)
+        qkv = make_qkv(q_len=100, head_dim=64, dtype=torch.bfloat16)
+        pyramid_attention(*qkv, random_levels(BlockLayout(100, 100, num_levels=1)), num_levels=1, impl="triton")
     kernels = ("forward", "order", "positions", "logits", "reduce", "groups", "scores", "plan", "pool", "similarity")
     kernels += ("rank", "assign", "mean", "delta", "query", "key_value", "turn", "readers")
     expected = {f"_{name}_kernel" for name in kernels}

@@ -15,11 +15,10 @@ HOPPER = "psa_kernels.pyramid_attention.hopper_fwd"
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The calls that the kernel got, which takes plans of every level here."""
+    """The calls that the kernel got."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for capability 9.0")
     module = importlib.import_module(HOPPER)
-    monkeypatch.setattr(module, "MOST_LEVELS", 8)
     launch, calls = module.launch, []
 
     def spy(*args):
@@ -40,11 +39,11 @@ def check(qkv, levels, **options):
         assert_within_error_budget(result, ref64, rounded, input_dtype=qkv[0].dtype)
 
 
-def inputs(*, num_levels=8, seed=1, **shape):
+def inputs(*, num_levels=None, block_kv=128, seed=1, **shape):
     """Queries, keys and values on the GPU, and a map with every level."""
     shape = {"q_len": 300, "kv_len": 500, "head_dim": 128, "dtype": torch.bfloat16} | shape
     qkv = make_qkv(**shape, device="cuda", seed=seed)
-    layout = BlockLayout(shape["q_len"], shape["kv_len"], num_levels=num_levels)
+    layout = BlockLayout(shape["q_len"], shape["kv_len"], block_kv=block_kv, num_levels=num_levels)
     batch, heads = qkv[0].shape[:2]
     return qkv, random_levels(layout, batch=batch, heads=heads, device="cuda", seed=seed)
 
@@ -60,6 +59,8 @@ CASES = {
     # More query blocks than multiprocessors, so that each program takes several.
     "programs that stay": {"batch": 2, "heads": 40, "q_len": 1000, "kv_len": 1411},
     "float16": {"dtype": torch.float16},
+    "head_dim 64": {"head_dim": 64},
+    "head_dim 64, many": {"head_dim": 64, "batch": 2, "heads": 40, "q_len": 1000, "kv_len": 5120},
     "head_dim 72": {"head_dim": 72},
     "head_dim 96, float16": {"head_dim": 96, "dtype": torch.float16},
 }
@@ -73,10 +74,17 @@ def test_case_equals_oracle(launches, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_levels", [1, 2, 4])
-def test_fewer_levels(launches, num_levels):
-    check(*inputs(num_levels=num_levels), num_levels=num_levels)
-    assert len(launches) == 1
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block_kv", [32, 64, 128])
+def test_every_number_of_levels(launches, head_dim, block_kv):
+    """With few of them no block is so small that its rows are gathered."""
+    most = BlockLayout(1, 1, block_kv=block_kv).num_levels
+    for num_levels in range(1, most + 1):
+        shape = {"num_levels": num_levels, "block_kv": block_kv, "head_dim": head_dim}
+        # More query blocks than multiprocessors, whose programs stay, and few, some with nothing of some level.
+        for size in ({"heads": 40, "q_len": 600, "kv_len": 1411}, {"kv_len": 200}):
+            check(*inputs(**shape, **size), block_kv=block_kv, num_levels=num_levels)
+    assert len(launches) == 2 * most
 
 
 @pytest.mark.gpu
@@ -86,12 +94,14 @@ def test_own_scale(launches):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tail", [0, 1, 7, 64, 127])
-def test_one_level_at_tails(launches, tail):
-    for level in range(1, 9):
-        (query, key, value), levels = inputs(heads=1, q_len=130, kv_len=256 + tail, seed=level)
-        check((query, key, value), torch.full_like(levels, level))
-    assert len(launches) == 8
+@pytest.mark.parametrize("block_kv", [32, 64, 128])
+@pytest.mark.parametrize("tail", [0, 1, 7, 31, 64, 127])
+def test_one_level_at_tails(launches, tail, block_kv):
+    most = BlockLayout(1, 1, block_kv=block_kv).num_levels
+    for level in range(1, most + 1):
+        (query, key, value), levels = inputs(heads=1, q_len=130, kv_len=256 + tail, block_kv=block_kv, seed=level)
+        check((query, key, value), torch.full_like(levels, level), block_kv=block_kv)
+    assert len(launches) == most
 
 
 @pytest.mark.gpu
@@ -162,14 +172,15 @@ def test_same_bits_again_and_in_a_graph(launches):
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ({"head_dim": 64}, {}),
+        ({"head_dim": 56}, {}),
         ({"head_dim": 100}, {}),
+        ({"head_dim": 256}, {}),
         ({"dtype": torch.float32}, {}),
         ({}, {"scale": -0.1}),
         ({"q_len": 300}, {"is_causal": True}),
         ({}, {"kv_lengths": (400,)}),
         ({}, {"block_q": 64}),
-        ({}, {"block_kv": 64}),
+        ({}, {"block_kv": 16}),
     ],
     ids=str,
 )
@@ -184,20 +195,24 @@ def test_the_other_kernel_has_the_rest(launches, shape, options):
     assert not launches
 
 
-def test_it_takes_level_1_alone(monkeypatch):
+def test_what_it_takes(monkeypatch):
     """What is asked on every launch, with a device that need not be there."""
     module = pytest.importorskip(HOPPER)
     monkeypatch.setattr(module, "is_hopper", lambda device: True)
     monkeypatch.setattr(module, "shared_memory_limit", lambda device: 227 * 1024)
     qkv = make_qkv(head_dim=128, dtype=torch.bfloat16)
-    asked = {"block_q": 128, "block_kv": 128, "num_levels": 1, "is_causal": False, "scale": 0.1}
-    assert module.takes(*qkv, None, **asked)
-    for change in ({"block_q": 64}, {"block_kv": 64}, {"num_levels": 2}, {"is_causal": True}, {"scale": -0.1}):
+    asked = {"block_q": 128, "block_kv": 128, "is_causal": False, "scale": 0.1}
+    for change in ({}, {"block_kv": 64}, {"block_kv": 32}):
+        assert module.takes(*qkv, None, **(asked | change)), change
+    for change in ({"block_q": 64}, {"block_kv": 16}, {"is_causal": True}, {"scale": -0.1}):
         assert not module.takes(*qkv, None, **(asked | change)), change
     assert not module.takes(*qkv, torch.tensor([100]), **asked)
-    for shape in ({"head_dim": 64}, {"head_dim": 100}, {"head_dim": 256}, {"dtype": torch.float32}):
+    for shape in ({"head_dim": 56}, {"head_dim": 100}, {"head_dim": 256}, {"dtype": torch.float32}):
         other = make_qkv(**({"head_dim": 128, "dtype": torch.bfloat16} | shape))
         assert not module.takes(*other, None, **asked), shape
+    for shape in ({"head_dim": 64}, {"head_dim": 72}, {"dtype": torch.float16}):
+        other = make_qkv(**({"head_dim": 128, "dtype": torch.bfloat16} | shape))
+        assert module.takes(*other, None, **asked), shape
     monkeypatch.setattr(module, "shared_memory_limit", lambda device: 163 * 1024)
     assert not module.takes(*qkv, None, **asked)
 

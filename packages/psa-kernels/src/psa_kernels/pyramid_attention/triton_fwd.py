@@ -1,4 +1,4 @@
-"""Forward kernel for every GPU and every case: one program a query tile. On Hopper level 1 alone has a faster one.
+"""Forward kernel for every GPU and every case: one program a query tile. Hopper has a faster one for much of it.
 
 A block is *whole* for a query tile when all its tokens exist and none lies past a causal diagonal. The rows of whole
 blocks are read tile by tile without a mask and with one bias a tile: tiles inside a block through tensor descriptors
@@ -457,8 +457,8 @@ def forward(
         )
         pooled = pool_keys_and_values(key, value, kv_lengths, num_levels)
         order = heavy_first(offsets, num_kv_blocks, block_kv)
-        if _hopper and _hopper.takes(query, key, value, kv_lengths, block_q, block_kv, num_levels, is_causal, scale):
-            _hopper.launch(query, key, value, pooled, order, indices, offsets, out, lse, scale * _LOG2_E)
+        if _hopper and _hopper.takes(query, key, value, kv_lengths, block_q, block_kv, is_causal, scale):
+            _hopper.launch(query, key, value, pooled, order, indices, offsets, out, lse, block_kv, scale * _LOG2_E)
             return out, lse
         large_levels = min(num_levels, (block_kv // tile.tile_n).bit_length())
         descriptors = [None] * 3 if large_levels == 0 else _descriptors(key, value, pooled, tile.tile_n, dim_tile)
