@@ -11,6 +11,7 @@ MAX_BLOCK = 256
 IMPLS = ("triton", "torch", "reference")
 AUTO = "auto"
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
+HOPPER = (9, 0)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _warned_of_old_gpu = False
 
