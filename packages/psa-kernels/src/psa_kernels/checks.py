@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 MAX_BLOCK = 256
+MAX_HEAD_DIM = 256
+"""Of the Triton implementations of attention and k-means: the widest rows that registers hold."""
 IMPLS = ("triton", "torch", "reference")
 AUTO = "auto"
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies

@@ -13,7 +13,7 @@ from torch.compiler import disable, is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
-from psa_integrations.attention import attend_by, block_layout, check_device, plan_of
+from psa_integrations.attention import attend_by, block_layout, check_device, plan_of, serves_head_dim
 from psa_integrations.build import cluster_orders, mask_policy, orders_by_cluster, sparse_attention_of, token_order
 from psa_integrations.clusters import ClusterOrders
 from psa_integrations.diffusers.adapter import Adapter, Order, Processor
@@ -32,6 +32,7 @@ from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import StatsRecorder
 from psa_integrations.steps import Step, StepFinder, is_dense_step
 from psa_kernels import LevelPlan
+from psa_kernels.checks import MAX_HEAD_DIM
 from psa_masks import AttentionOrder, MaskPolicy, TokenOrder, VideoGrid
 
 OnUnsupported = Literal["raise", "dense"]
@@ -43,9 +44,6 @@ STEP_UNKNOWN = (
     "pyramid sparse attention finds the denoising step outside of the graph: inside a pipeline's cache context or "
     "handle.at_step it is known before"
 )
-
-LARGEST_HEAD_DIM = 256
-"""Of psa_kernels' Triton implementation, whose own check would come only after the dense steps."""
 
 
 class UnsupportedError(RuntimeError):
@@ -145,9 +143,9 @@ class TransformerSite:
                     f"got {type(attention.processor).__name__}"
                 )
             head_dim = attention.inner_dim // attention.heads
-            if head_dim > LARGEST_HEAD_DIM and self._impl not in ("torch", "reference"):
+            if not serves_head_dim(self._impl, head_dim):
                 raise UnsupportedError(
-                    f"head_dim must be at most {LARGEST_HEAD_DIM} unless impl is 'torch' or 'reference', "
+                    f"head_dim must be at most {MAX_HEAD_DIM} unless impl is 'torch' or 'reference', "
                     f"got {head_dim} in layer {layer} of {where}"
                 )
 
