@@ -14,7 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
 from psa_integrations.attention import attend_by, block_layout, check_device, plan_of, serves_head_dim
-from psa_integrations.build import cluster_orders, mask_policy, orders_by_cluster, sparse_attention_of, token_order
+from psa_integrations.build import (
+    check_clusters,
+    cluster_orders,
+    mask_policy,
+    orders_by_cluster,
+    sparse_attention_of,
+    token_order,
+)
 from psa_integrations.clusters import ClusterOrders
 from psa_integrations.diffusers.adapter import Adapter, Order, Processor
 from psa_integrations.diffusers.compiled import (
@@ -350,11 +357,8 @@ class TransformerSite:
         if self._sparse is None:
             return None
         # Before the dense steps: what cannot be served should not cost them first.
-        if not self._serves(module, call):
-            return None
-        grid = self._adapter.grid(module, call)
+        grid = self._grid_served(module, call)
         if grid is None:
-            self._supported("the call does not say how many frames, rows and columns of tokens it has")
             return None
         forward = self._forward(grid)
         if is_dense_step(
@@ -382,14 +386,15 @@ class TransformerSite:
         """`_begin` where the whole transformer is compiled: one graph for dense steps, and one for sparse ones."""
         self._current = None
         self._check_processors()
+        if self._sparse is None:
+            return None
         call = dict(zip(self._names, args, strict=False)) | kwargs
-        if self._announced or not self._serves(module, call):
-            return None
-        grid = self._adapter.grid(module, call)
+        grid = self._grid_served(module, call)
         if grid is None:
-            self._supported("the call does not say how many frames, rows and columns of tokens it has")
             return None
-        assert self._sparse is not None
+        check_clusters(self._sparse, grid)
+        if self._announced:
+            return None
         assert self._order_ticket is not None
         order = OrderInGraph(self._order_ticket, grid) if self._sparse.use_rearrange else None
         self._current = SparseForward(grid, None, order, in_graph=tuple(sizes(grid)))
@@ -490,6 +495,15 @@ class TransformerSite:
             parts.append(order.order + start)
             start += len(order)
         return TokenOrder(cat(parts))
+
+    def _grid_served(self, module: nn.Module, call: dict[str, Any]) -> VideoGrid | None:
+        """The tokens of a call that can run sparse, None where it cannot."""
+        if not self._serves(module, call):
+            return None
+        grid = self._adapter.grid(module, call)
+        if grid is None:
+            self._supported("the call does not say how many frames, rows and columns of tokens it has")
+        return grid
 
     def _serves(self, module: nn.Module, call: dict[str, Any]) -> bool:
         """Whether the call, in the module's present state, can run sparse."""
