@@ -19,6 +19,7 @@ from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
 from psa_integrations.cli.progress import Progress
+from psa_integrations.cli.shapes import grid_of
 from psa_integrations.diffusers import apply_pyramid_sparse_attention
 from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import AttentionStats
@@ -130,6 +131,11 @@ def check_steps(preset: Preset, steps: int) -> None:
             f"--steps must be above the dense steps of {preset.model}/{preset.name}, warmup_steps "
             f"{sparse.warmup_steps} and cooldown_steps {sparse.cooldown_steps}, got {steps}"
         )
+
+
+def check_size(preset: Preset, run: RunDefaults) -> None:
+    """Raises ValueError if a side of the run's videos is no multiple of the pixels of a token of the preset's model."""
+    grid_of(preset, width=run.width, height=run.height, frames=run.frames)
 
 
 def check_calls(

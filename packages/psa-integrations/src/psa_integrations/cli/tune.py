@@ -24,7 +24,15 @@ from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import print_json, set_up_logging
 from psa_integrations.cli.prompts import read_prompts
-from psa_integrations.cli.sample import add_sampling_options, check_calls, check_steps, chosen, positive, sample
+from psa_integrations.cli.sample import (
+    add_sampling_options,
+    check_calls,
+    check_size,
+    check_steps,
+    chosen,
+    positive,
+    sample,
+)
 from psa_integrations.cli.video import SMALLEST_SIDE, psnr_and_ssim
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
@@ -115,6 +123,7 @@ def run(options: argparse.Namespace) -> None:
     if min(settings.width, settings.height) < SMALLEST_SIDE:
         raise ValueError(f"--width and --height must be at least {SMALLEST_SIDE} to compare videos")
     check_steps(base, settings.steps)
+    check_size(base, settings)
 
     pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
     check_calls(pipeline, [base], prompts, options, settings)
