@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from psa_config import Preset
-from psa_integrations.build import sparse_attention_of
+from psa_integrations.build import check_clusters, sparse_attention_of
 from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
 from psa_integrations.cli.progress import Progress
@@ -134,8 +134,16 @@ def check_steps(preset: Preset, steps: int) -> None:
 
 
 def check_size(preset: Preset, run: RunDefaults) -> None:
-    """Raises ValueError if a side of the run's videos is no multiple of the pixels of a token of the preset's model."""
-    grid_of(preset, width=run.width, height=run.height, frames=run.frames)
+    """Raises ValueError if a side of the run's videos is no multiple of the pixels of a token of the preset's model, or
+    the videos have fewer tokens than the preset makes clusters."""
+    grid = grid_of(preset, width=run.width, height=run.height, frames=run.frames)
+    sparse = sparse_attention_of(preset)
+    if sparse is None:
+        return
+    try:
+        check_clusters(sparse, grid)
+    except ValueError as error:
+        raise ValueError(f"{preset.model}/{preset.name}: {error}") from error
 
 
 def check_calls(
