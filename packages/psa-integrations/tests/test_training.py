@@ -1,6 +1,7 @@
 """Training through sparse attention: LoRA, gradient checkpointing, autocast."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,22 @@ def test_compiled_transformers_have_the_gradients_of_eager_ones(
         assert_same_gradients(found[step], expected[step])
     dense, sparse = (step["blocks.1.attn1.to_v.weight"] for step in expected)
     assert (dense - sparse).abs().max() > 1e-3 * dense.abs().max()
+
+
+def test_compiled_training_under_context_parallelism_is_refused(
+    build_transformer: Callable[..., Any], wan_call: Call, make_preset: Callable[..., Preset]
+) -> None:
+    transformer = build_transformer("wan").train()
+    # As enable_parallelism leaves it, without the processes that it needs: the refusal comes before they meet.
+    mesh = SimpleNamespace(get_group=lambda: None)
+    config = SimpleNamespace(ring_degree=1, ulysses_degree=2, ulysses_anything=False, _ulysses_mesh=mesh)
+    transformer._parallel_config = SimpleNamespace(context_parallel_config=config)
+    refusal = "transformer is compiled under context parallelism, which passes no gradients on: train it uncompiled"
+    with apply_pyramid_sparse_attention(transformer, make_preset((1.0,) * 4, use_rearrange=False)):
+        transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=refusal):
+            transformer(**wan_call)
+    torch._dynamo.reset()
 
 
 def test_the_module_passes_gradients(sparse: Preset) -> None:
