@@ -8,6 +8,8 @@ import torch
 
 from psa_integrations.cli import doctor, main, selftest
 from psa_integrations.cli.doctor import PACKAGES, Finding
+from psa_integrations.diffusers.apply import ADAPTERS
+from psa_integrations.diffusers.wan import WanAdapter
 from psa_kernels import AttentionKernels
 
 
@@ -166,6 +168,14 @@ def test_a_driver_without_a_torch_that_sees_it(monkeypatch: pytest.MonkeyPatch) 
 def test_an_older_diffusers_is_a_note(monkeypatch: pytest.MonkeyPatch, version: str, status: str) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: version)
     assert next(iter(doctor._models())).status == status
+
+
+@pytest.mark.usefixtures("untested")
+def test_every_transformer_that_can_be_served_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "LTXVideoTransformer3DModel" in findings()["models"].detail
+    monkeypatch.setitem(ADAPTERS, "NewTransformer3DModel", WanAdapter)
+    assert findings()["models"].status == "fail"
+    assert findings()["models"].detail == "diffusers has no NewTransformer3DModel"
 
 
 def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

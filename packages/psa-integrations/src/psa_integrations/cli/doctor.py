@@ -165,15 +165,16 @@ def _models() -> Iterator[Finding]:
         return  # said among the versions
     import diffusers
 
-    names = ("WanTransformer3DModel", "CogVideoXTransformer3DModel")
-    missing = [name for name in names if not hasattr(diffusers, name)]
+    from psa_integrations.diffusers.apply import ADAPTERS
+
+    missing = [name for name in ADAPTERS if not hasattr(diffusers, name)]
     if missing:
         yield Finding("models", "fail", f"diffusers has no {', '.join(missing)}", "pip install --upgrade diffusers")
     elif Version(version) < Version("0.41"):
         detail = "the step of a Wan run is looked up in the schedule: this diffusers does not tell it"
         yield Finding("models", "note", detail, "pip install --upgrade 'diffusers>=0.41' where a scheduler is unknown")
     else:
-        yield Finding("models", "ok", "Wan 2.1, Wan 2.2 and CogVideoX; other transformers are refused by apply")
+        yield Finding("models", "ok", f"{', '.join(ADAPTERS)}; other transformers are refused by apply")
 
 
 def _encoder() -> Finding:
