@@ -87,7 +87,12 @@ def test_a_lora_changes_the_video(weights: str, tmp_path: Path) -> None:
     [
         (["--prompt", "a red elephant"], "'elephant'"),
         (["--preset", "psa_balancd"], 'no preset "psa_balancd"'),
-        (["--width", "30"], "width must be a positive multiple of 4, got 30"),
+        (["--width", "30"], "--width must be a multiple of 4 for tiny-wan, got 30; the nearest are 28 and 32"),
+        (["--height", "3"], "--height must be a multiple of 4 for tiny-wan, got 3; the least is 4"),
+        (
+            ["--model", "cogvideox-5b", "--width", "728", "--height", "480", "--steps", "50", "--weights", "nowhere"],
+            "--width must be a multiple of 16 for CogVideo_5b, got 728; the nearest are 720 and 736",
+        ),
         (["--out", "video.gif"], "--out must end in .mp4, got video.gif"),
         (["--out", "nowhere/video.mp4"], "--out must lie in a folder that exists"),
         (["--lora", "nothing.safetensors"], "--lora must be a .safetensors file"),
@@ -237,6 +242,7 @@ def test_demo_compares_and_writes_four_videos(weights: str, tmp_path: Path, caps
     [
         (["--width", "8"], "--width and --height must be at least 12 to compare by SSIM, got 8 and 16"),
         (["--steps", "5"], "tiny-wan/psa_balanced, warmup_steps 5 and cooldown_steps 0, got 5"),
+        (["--height", "18"], "--height must be a multiple of 4 for tiny-wan, got 18; the nearest are 16 and 20"),
         (["--out", "taken"], "taken"),
         (["--out", "folders"], "--out must be a file, and folders/side_by_side.mp4 is a folder"),
     ],

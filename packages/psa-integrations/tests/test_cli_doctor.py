@@ -8,6 +8,9 @@ import torch
 
 from psa_integrations.cli import doctor, main, selftest
 from psa_integrations.cli.doctor import PACKAGES, Finding
+from psa_integrations.diffusers.apply import ADAPTERS
+from psa_integrations.diffusers.wan import WanAdapter
+from psa_kernels import AttentionKernels
 
 
 @pytest.fixture
@@ -25,9 +28,11 @@ def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is True
     assert report["device"] == "cpu"
+    assert report["attention_kernels"] == ["torch_impl"]
     found = {finding["name"]: finding for finding in report["findings"]}
     assert {"python", "torch", "diffusers", "transformers", "device", "video"} <= set(found)
     assert "the torch implementation runs" in found["device"]["detail"]
+    assert found["attention forward"]["detail"] == "torch_impl, plain torch"
     operators = [name for name in found if name.endswith(" float32")]
     assert [name.split()[0] for name in operators] == [
         "pool_pyramid",
@@ -134,6 +139,23 @@ def test_a_gpu_is_described(
     assert said in found[name].detail
 
 
+@pytest.mark.parametrize(
+    ("kernels", "status", "detail"),
+    [
+        (AttentionKernels(("triton_fwd",)), "ok", "triton_fwd, the kernel for every GPU"),
+        (AttentionKernels(("hopper_fwd", "triton_fwd")), "ok", "hopper_fwd, the kernel for Hopper, for the calls"),
+        (AttentionKernels(("triton_fwd",), "this is 3.5"), "note", "not the one for Hopper: this is 3.5"),
+    ],
+)
+def test_the_attention_kernels_are_said(
+    monkeypatch: pytest.MonkeyPatch, kernels: AttentionKernels, status: str, detail: str
+) -> None:
+    monkeypatch.setattr(doctor, "attention_kernels", lambda device: kernels)
+    finding = doctor._attention(torch.device("cuda"))
+    assert finding.status == status
+    assert detail in finding.detail
+
+
 @pytest.mark.usefixtures("untested")
 def test_a_driver_without_a_torch_that_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
@@ -146,6 +168,14 @@ def test_a_driver_without_a_torch_that_sees_it(monkeypatch: pytest.MonkeyPatch) 
 def test_an_older_diffusers_is_a_note(monkeypatch: pytest.MonkeyPatch, version: str, status: str) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: version)
     assert next(iter(doctor._models())).status == status
+
+
+@pytest.mark.usefixtures("untested")
+def test_every_transformer_that_can_be_served_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "LTXVideoTransformer3DModel" in findings()["models"].detail
+    monkeypatch.setitem(ADAPTERS, "NewTransformer3DModel", WanAdapter)
+    assert findings()["models"].status == "fail"
+    assert findings()["models"].detail == "diffusers has no NewTransformer3DModel"
 
 
 def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,9 +76,17 @@ def test_the_preset_of_the_file_is_run(
             'mine.yaml:12:13: tiny-wan.attention_configs.dense.type: got "dens", expected "dense" or "psa", '
             'did you mean "dense"?',
         ),
+        (
+            FILE.replace(
+                "use_rearrange: true", "use_rearrange: true\n      rearrange_method: Semantic\n      num_clusters: 129"
+            ),
+            [],
+            "tiny-wan/half: num_clusters must be at most the 128 video tokens of "
+            "VideoGrid(frames=4, height=4, width=8, text=0, text_first=True), got 129",
+        ),
         (None, [], "mine.yaml: cannot be read: No such file or directory"),
     ],
-    ids=["unknown preset", "unknown model", "two mistakes", "no file"],
+    ids=["unknown preset", "unknown model", "two mistakes", "more clusters than tokens", "no file"],
 )
 def test_an_error_is_one_line_and_leaves_nothing(
     here: Path, capsys: pytest.CaptureFixture[str], text: str | None, arguments: list[str], message: str

@@ -273,6 +273,24 @@ def test_triton_without_a_gpu_is_refused_before_the_dense_steps(
         assert steps_before_the_error(run, pipeline, ValueError, "impl='triton' needs tensors on a GPU") == 0
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_more_clusters_than_tokens_are_refused_before_the_dense_steps(
+    compiled: bool, build: Build, make_preset: MakePreset, wan_call: Call
+) -> None:
+    transformer = build("wan21").transformer
+    sparse = make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1, rearrange_method="Semantic", num_clusters=129)
+    with apply_pyramid_sparse_attention(transformer, sparse) as handle:
+        if compiled:
+            transformer.compile(backend="eager")
+        with (
+            handle.at_step(0, 2),
+            pytest.raises(ValueError, match=r"num_clusters must be at most the 128 video tokens of .*, got 129"),
+        ):
+            transformer(**wan_call)
+        assert handle.stats().calls == 0
+    torch._dynamo.reset()  # what raised while it was traced would run uncompiled from now on
+
+
 def test_compiled_models_are_refused(build: Build, sparse: Preset) -> None:
     transformer = build("wan21").transformer
     with pytest.raises(RuntimeError, match="compiled"):

@@ -17,6 +17,7 @@ from psa_kernels import (
     pyramid_attention,
     rank_levels,
 )
+from psa_kernels.checks import MAX_HEAD_DIM
 from psa_kernels.testing import make_qkv
 
 Q, K, V = make_qkv(q_len=40, head_dim=16)
@@ -132,5 +133,5 @@ def test_triton_asked_for_by_name_never_falls_back():
 
 
 def test_triton_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="takes float16, bfloat16 or float32 with head_dim up to 256"):
+    with pytest.raises(ValueError, match=f"takes float16, bfloat16 or float32 with head_dim up to {MAX_HEAD_DIM}"):
         pyramid_attention(Q.double(), K.double(), V.double(), PLAN, **ATTENTION, impl="triton")

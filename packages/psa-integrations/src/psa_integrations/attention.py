@@ -18,6 +18,11 @@ def check_impl(impl: str | None) -> None:
         checks.choice("impl", impl, checks.IMPLS)
 
 
+def serves_head_dim(impl: str | None, head_dim: int) -> bool:
+    """Whether heads are not too wide for `impl`, whose own check would come only when it runs. None may be Triton."""
+    return head_dim <= checks.MAX_HEAD_DIM or impl in ("torch", "reference")
+
+
 def check_device(impl: str | None, tensor: Tensor) -> None:
     """Raises ValueError if `impl` is Triton, asked for by name, and Triton cannot run where `tensor` lies."""
     if impl == "triton":

@@ -89,6 +89,14 @@ def orders_by_cluster(attention: PyramidSparseAttention) -> bool:
     return attention.use_rearrange and attention.rearrange_method in ("Semantic", "Hybrid")
 
 
+def check_clusters(attention: PyramidSparseAttention, grid: VideoGrid) -> None:
+    """Raises ValueError if `attention` wants more clusters than `grid` has video tokens."""
+    if orders_by_cluster(attention) and attention.num_clusters > grid.video_len:
+        raise ValueError(
+            f"num_clusters must be at most the {grid.video_len} video tokens of {grid}, got {attention.num_clusters}"
+        )
+
+
 def cluster_orders(
     attention: PyramidSparseAttention, grid: VideoGrid, *, base: TokenOrder | None = None
 ) -> ClusterOrders | None:
@@ -104,10 +112,7 @@ def cluster_orders(
     """
     if not orders_by_cluster(attention):
         return None
-    if attention.num_clusters > grid.video_len:
-        raise ValueError(
-            f"num_clusters must be at most the {grid.video_len} video tokens of {grid}, got {attention.num_clusters}"
-        )
+    check_clusters(attention, grid)
     return ClusterOrders(
         num_clusters=attention.num_clusters,
         num_iterations=attention.cluster_iterations,

@@ -6,16 +6,18 @@ from psa_kernels.key_similarity import key_similarity
 from psa_kernels.kmeans import KMeans, kmeans
 from psa_kernels.layout import BlockLayout
 from psa_kernels.plan import LevelPlan
-from psa_kernels.pyramid_attention import pyramid_attention
+from psa_kernels.pyramid_attention import AttentionKernels, attention_kernels, pyramid_attention
 from psa_kernels.pyramid_pool import Pyramid, pool_pyramid
 from psa_kernels.rank_levels import rank_levels
 
 __all__ = [
+    "AttentionKernels",
     "BlockLayout",
     "KMeans",
     "LevelPlan",
     "Pyramid",
     "__version__",
+    "attention_kernels",
     "block_importance",
     "key_similarity",
     "kmeans",

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 MAX_BLOCK = 256
+MAX_HEAD_DIM = 256
+"""Of the Triton implementations of attention and k-means: the widest rows that registers hold."""
 IMPLS = ("triton", "torch", "reference")
 AUTO = "auto"
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
+HOPPER = (9, 0)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _warned_of_old_gpu = False
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from psa_kernels.checks import HOPPER, gpu_capability
+
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which launches go to the device of ``tensor``.
@@ -37,7 +39,7 @@ def has_tensor_memory_access(device: torch.device) -> bool:
 
 def is_hopper(device: torch.device) -> bool:
     """Whether ``device`` is a GPU of capability 9.0, whose tensor cores take their operands from shared memory."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return gpu_capability(device) == HOPPER
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import print_json, set_up_logging
 from psa_integrations.cli.prompts import read_prompts
-from psa_integrations.cli.sample import StepClock, add_sampling_options, check_calls, check_steps, chosen, sample
+from psa_integrations.cli.sample import StepClock, add_sampling_options, check_calls, check_run, chosen, sample
 from psa_integrations.cli.video import SMALLEST_SIDE, write_video
 from psa_integrations.recording import LevelRecorder
 from psa_integrations.report import ReportRun, ReportWriter
@@ -171,7 +171,7 @@ def _check(prompts: Sequence[str], presets: Sequence[Preset], settings: RunDefau
     for preset in presets:
         if sparse_attention_of(preset) is None:
             raise ValueError(f"--preset must be a sparse one, as dense attention always runs; got {preset.name}")
-        check_steps(preset, settings.steps)
+        check_run(preset, settings)
     if min(settings.width, settings.height) < SMALLEST_SIDE:
         raise ValueError(
             f"--width and --height must be at least {SMALLEST_SIDE} to compare by SSIM, "

@@ -10,7 +10,7 @@ from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import print_json, set_up_logging, versions
 from psa_integrations.cli.progress import Progress
-from psa_integrations.cli.sample import Result, add_sampling_options, check_steps, chosen, sample, settings_report
+from psa_integrations.cli.sample import Result, add_sampling_options, check_run, chosen, sample, settings_report
 from psa_integrations.cli.video import SMALLEST_SIDE, check_output, psnr_and_ssim, side_by_side, write_video
 
 PRESETS = ("baseline", "psa_balanced", "psa_tail")
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
             f"got {settings.width} and {settings.height}"
         )
     for preset in presets:
-        check_steps(preset, settings.steps)
+        check_run(preset, settings)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
         check_output(options.out / name)

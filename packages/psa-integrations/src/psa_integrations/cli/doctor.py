@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from psa_integrations.cli.load import device_named
 from psa_integrations.cli.selftest import check_operators
+from psa_kernels import attention_kernels
 from psa_kernels.checks import MIN_CAPABILITY
 
 PACKAGES = ("psa-kernels", "psa-masks", "psa-config", "psa-integrations")
@@ -52,7 +53,12 @@ def run(options: argparse.Namespace) -> int:
     findings = list(examine(device))
     failed = [finding for finding in findings if finding.status == "fail"]
     if options.json:
-        report = {"ok": not failed, "device": str(device), "findings": [asdict(finding) for finding in findings]}
+        report = {
+            "ok": not failed,
+            "device": str(device),
+            "attention_kernels": attention_kernels(device).forward,
+            "findings": [asdict(finding) for finding in findings],
+        }
         print(json.dumps(report, indent=2))
     else:
         width = max(len(finding.name) for finding in findings)
@@ -69,6 +75,7 @@ def examine(device: torch.device) -> Iterator[Finding]:
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
     yield from _versions()
     yield from _device(device)
+    yield _attention(device)
     yield from _models()
     yield _encoder()
     yield _lora()
@@ -137,21 +144,37 @@ def _device(device: torch.device) -> Iterator[Finding]:
         yield Finding("triton", "fail", "not installed, and a GPU needs it", "install the triton that belongs to torch")
 
 
+def _attention(device: torch.device) -> Finding:
+    name, kernels = "attention forward", attention_kernels(device)
+    if kernels.without_hopper:
+        detail = f"triton_fwd, the kernel for every GPU, and not the one for Hopper: {kernels.without_hopper}"
+        return Finding(name, "note", detail)
+    first = kernels.forward[0]
+    if first == "hopper_fwd":
+        detail = "hopper_fwd, the kernel for Hopper, for the calls it takes; triton_fwd, for every GPU, for the rest"
+    elif first == "triton_fwd":
+        detail = "triton_fwd, the kernel for every GPU"
+    else:
+        detail = f"{first}, plain torch"
+    return Finding(name, "ok", detail)
+
+
 def _models() -> Iterator[Finding]:
     version = _version("diffusers")
     if version is None:
         return  # said among the versions
     import diffusers
 
-    names = ("WanTransformer3DModel", "CogVideoXTransformer3DModel")
-    missing = [name for name in names if not hasattr(diffusers, name)]
+    from psa_integrations.diffusers.apply import ADAPTERS
+
+    missing = [name for name in ADAPTERS if not hasattr(diffusers, name)]
     if missing:
         yield Finding("models", "fail", f"diffusers has no {', '.join(missing)}", "pip install --upgrade diffusers")
     elif Version(version) < Version("0.41"):
         detail = "the step of a Wan run is looked up in the schedule: this diffusers does not tell it"
         yield Finding("models", "note", detail, "pip install --upgrade 'diffusers>=0.41' where a scheduler is unknown")
     else:
-        yield Finding("models", "ok", "Wan 2.1, Wan 2.2 and CogVideoX; other transformers are refused by apply")
+        yield Finding("models", "ok", f"{', '.join(ADAPTERS)}; other transformers are refused by apply")
 
 
 def _encoder() -> Finding:

@@ -11,7 +11,7 @@ from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS
 from psa_integrations.cli.output import print_json, set_up_logging, versions
 from psa_integrations.cli.prompts import Share, numbered, read_prompts
-from psa_integrations.cli.sample import add_sampling_options, check_calls, check_steps, chosen, sample, settings_report
+from psa_integrations.cli.sample import add_sampling_options, check_calls, check_run, chosen, sample, settings_report
 from psa_integrations.cli.video import check_output, write_video
 
 
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     share = Share.of()
     prompts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
     settings = chosen(options, spec.defaults_of(preset.name))
-    check_steps(preset, settings.steps)
+    check_run(preset, settings)
 
     own = share.indices(len(prompts))
     if not own:

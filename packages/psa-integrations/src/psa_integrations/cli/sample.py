@@ -5,7 +5,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from psa_config import Preset
-from psa_integrations.build import sparse_attention_of
+from psa_integrations.build import check_clusters, sparse_attention_of
 from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
 from psa_integrations.cli.progress import Progress
+from psa_integrations.cli.shapes import grid_of
 from psa_integrations.diffusers import apply_pyramid_sparse_attention
 from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import AttentionStats
@@ -122,14 +123,26 @@ def chosen(options: argparse.Namespace, defaults: RunDefaults) -> RunDefaults:
     return RunDefaults(**{name: pick(name) for name in names})
 
 
-def check_steps(preset: Preset, steps: int) -> None:
-    """Raises ValueError if a sparse preset would leave none of the run's steps sparse."""
+def check_run(preset: Preset, run: RunDefaults) -> None:
+    """What can be refused of a run before its model is loaded.
+
+    Raises:
+        ValueError: a side of the videos is no multiple of the pixels of a token of the preset's model; a sparse preset
+            would leave none of the steps sparse, or makes more clusters than the videos have tokens.
+    """
+    grid = grid_of(preset, width=run.width, height=run.height, frames=run.frames)
     sparse = sparse_attention_of(preset)
-    if sparse is not None and sparse.warmup_steps + sparse.cooldown_steps >= steps:
+    if sparse is None:
+        return
+    if sparse.warmup_steps + sparse.cooldown_steps >= run.steps:
         raise ValueError(
             f"--steps must be above the dense steps of {preset.model}/{preset.name}, warmup_steps "
-            f"{sparse.warmup_steps} and cooldown_steps {sparse.cooldown_steps}, got {steps}"
+            f"{sparse.warmup_steps} and cooldown_steps {sparse.cooldown_steps}, got {run.steps}"
         )
+    try:
+        check_clusters(sparse, grid)
+    except ValueError as error:
+        raise ValueError(f"{preset.model}/{preset.name}: {error}") from error
 
 
 def check_calls(
@@ -189,9 +202,9 @@ def sample(
         clock: times the steps.
 
     Raises:
-        ValueError: see `check_steps`; and what the pipeline refuses.
+        ValueError: see `check_run`; and what the pipeline refuses.
     """
-    check_steps(preset, run.steps)
+    check_run(preset, run)
     pipeline.set_progress_bar_config(disable=True)  # ours stands in for it
     with ExitStack() as stack:
         applied = stack.enter_context(apply_pyramid_sparse_attention(pipeline, preset))
@@ -210,22 +223,30 @@ def sample(
             return counted(pipeline, step, timestep, tensors)
 
         began = time.perf_counter()
-        frames = pipeline(
-            prompt=options.prompt,
-            negative_prompt=options.negative_prompt,
-            width=run.width,
-            height=run.height,
-            num_frames=run.frames,
-            num_inference_steps=run.steps,
-            guidance_scale=run.guidance,
-            generator=torch.Generator().manual_seed(options.seed),
-            output_type="np",
-            callback_on_step_end=after_step,
-        ).frames[0]
+        video = run_pipeline(pipeline, options.prompt, options, run, after_step)
         seconds = time.perf_counter() - began
         stats = applied.stats()
     _log.info("%s/%s: %.1f s, density %.3f", preset.model, preset.name, seconds, stats.density)
-    return Result(np.asarray(frames), seconds, stats)
+    return Result(video, seconds, stats)
+
+
+def run_pipeline(
+    pipeline: Any, prompt: str, options: argparse.Namespace, run: RunDefaults, after_step: Callable[..., dict[str, Any]]
+) -> np.ndarray:
+    """One video [F, H, W, 3] in [0, 1]; `after_step` is the pipeline's `callback_on_step_end`."""
+    frames = pipeline(
+        prompt=prompt,
+        negative_prompt=options.negative_prompt,
+        width=run.width,
+        height=run.height,
+        num_frames=run.frames,
+        num_inference_steps=run.steps,
+        guidance_scale=run.guidance,
+        generator=torch.Generator().manual_seed(options.seed),
+        output_type="np",
+        callback_on_step_end=after_step,
+    ).frames[0]
+    return np.asarray(frames)
 
 
 def settings_report(options: argparse.Namespace, run: RunDefaults) -> dict[str, object]:

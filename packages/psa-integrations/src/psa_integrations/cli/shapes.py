@@ -43,7 +43,9 @@ def grid_of(preset: Preset, *, width: int, height: int, frames: int) -> VideoGri
     scale = preset.video_scale
     for name, value, divisor in (("width", width, scale.width_divisor), ("height", height, scale.height_divisor)):
         if value % divisor:
-            raise ValueError(f"--{name} must be a multiple of {divisor} for {preset.model}, got {value}")
+            below = value // divisor * divisor
+            nearest = f"the nearest are {below} and {below + divisor}" if below else f"the least is {divisor}"
+            raise ValueError(f"--{name} must be a multiple of {divisor} for {preset.model}, got {value}; {nearest}")
     return VideoGrid(
         frames=1 + -(-(frames - 1) // scale.depth_divisor),  # the first frame is encoded by itself
         height=height // scale.height_divisor,

@@ -24,7 +24,15 @@ from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import print_json, set_up_logging
 from psa_integrations.cli.prompts import read_prompts
-from psa_integrations.cli.sample import add_sampling_options, check_calls, check_steps, chosen, positive, sample
+from psa_integrations.cli.sample import (
+    add_sampling_options,
+    check_calls,
+    check_run,
+    chosen,
+    positive,
+    run_pipeline,
+    sample,
+)
 from psa_integrations.cli.video import SMALLEST_SIDE, psnr_and_ssim
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
@@ -114,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
     settings = chosen(options, spec.defaults)
     if min(settings.width, settings.height) < SMALLEST_SIDE:
         raise ValueError(f"--width and --height must be at least {SMALLEST_SIDE} to compare videos")
-    check_steps(base, settings.steps)
+    check_run(base, settings)
 
     pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
     check_calls(pipeline, [base], prompts, options, settings)
@@ -220,21 +228,10 @@ def _dense(
 
     pipeline.set_progress_bar_config(desc="dense", disable=options.quiet)
     with measure:
-        frames = pipeline(
-            prompt=prompt,
-            negative_prompt=options.negative_prompt,
-            width=settings.width,
-            height=settings.height,
-            num_frames=settings.frames,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            generator=torch.Generator().manual_seed(options.seed),
-            output_type="np",
-            callback_on_step_end=after_step,
-        ).frames[0]
+        video = run_pipeline(pipeline, prompt, options, settings, after_step)
     if not measure.calls:
         raise RuntimeError(f"the model attended to no {length} tokens at once, so nothing can be measured")
-    return np.asarray(frames)
+    return video
 
 
 def _mean_psnr(

@@ -13,8 +13,15 @@ from torch.compiler import disable, is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from psa_config import Preset
-from psa_integrations.attention import attend_by, block_layout, check_device, plan_of
-from psa_integrations.build import cluster_orders, mask_policy, orders_by_cluster, sparse_attention_of, token_order
+from psa_integrations.attention import attend_by, block_layout, check_device, plan_of, serves_head_dim
+from psa_integrations.build import (
+    check_clusters,
+    cluster_orders,
+    mask_policy,
+    orders_by_cluster,
+    sparse_attention_of,
+    token_order,
+)
 from psa_integrations.clusters import ClusterOrders
 from psa_integrations.diffusers.adapter import Adapter, Order, Processor
 from psa_integrations.diffusers.compiled import (
@@ -32,6 +39,7 @@ from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import StatsRecorder
 from psa_integrations.steps import Step, StepFinder, is_dense_step
 from psa_kernels import LevelPlan
+from psa_kernels.checks import MAX_HEAD_DIM
 from psa_masks import AttentionOrder, MaskPolicy, TokenOrder, VideoGrid
 
 OnUnsupported = Literal["raise", "dense"]
@@ -43,9 +51,6 @@ STEP_UNKNOWN = (
     "pyramid sparse attention finds the denoising step outside of the graph: inside a pipeline's cache context or "
     "handle.at_step it is known before"
 )
-
-LARGEST_HEAD_DIM = 256
-"""Of psa_kernels' Triton implementation, whose own check would come only after the dense steps."""
 
 
 class UnsupportedError(RuntimeError):
@@ -145,9 +150,9 @@ class TransformerSite:
                     f"got {type(attention.processor).__name__}"
                 )
             head_dim = attention.inner_dim // attention.heads
-            if head_dim > LARGEST_HEAD_DIM and self._impl not in ("torch", "reference"):
+            if not serves_head_dim(self._impl, head_dim):
                 raise UnsupportedError(
-                    f"head_dim must be at most {LARGEST_HEAD_DIM} unless impl is 'torch' or 'reference', "
+                    f"head_dim must be at most {MAX_HEAD_DIM} unless impl is 'torch' or 'reference', "
                     f"got {head_dim} in layer {layer} of {where}"
                 )
 
@@ -352,11 +357,8 @@ class TransformerSite:
         if self._sparse is None:
             return None
         # Before the dense steps: what cannot be served should not cost them first.
-        if not self._serves(module, call):
-            return None
-        grid = self._adapter.grid(module, call)
+        grid = self._grid_served(module, call)
         if grid is None:
-            self._supported("the call does not say how many frames, rows and columns of tokens it has")
             return None
         forward = self._forward(grid)
         if is_dense_step(
@@ -384,14 +386,15 @@ class TransformerSite:
         """`_begin` where the whole transformer is compiled: one graph for dense steps, and one for sparse ones."""
         self._current = None
         self._check_processors()
+        if self._sparse is None:
+            return None
         call = dict(zip(self._names, args, strict=False)) | kwargs
-        if self._announced or not self._serves(module, call):
-            return None
-        grid = self._adapter.grid(module, call)
+        grid = self._grid_served(module, call)
         if grid is None:
-            self._supported("the call does not say how many frames, rows and columns of tokens it has")
             return None
-        assert self._sparse is not None
+        check_clusters(self._sparse, grid)
+        if self._announced:
+            return None
         assert self._order_ticket is not None
         order = OrderInGraph(self._order_ticket, grid) if self._sparse.use_rearrange else None
         self._current = SparseForward(grid, None, order, in_graph=tuple(sizes(grid)))
@@ -492,6 +495,15 @@ class TransformerSite:
             parts.append(order.order + start)
             start += len(order)
         return TokenOrder(cat(parts))
+
+    def _grid_served(self, module: nn.Module, call: dict[str, Any]) -> VideoGrid | None:
+        """The tokens of a call that can run sparse, None where it cannot."""
+        if not self._serves(module, call):
+            return None
+        grid = self._adapter.grid(module, call)
+        if grid is None:
+            self._supported("the call does not say how many frames, rows and columns of tokens it has")
+        return grid
 
     def _serves(self, module: nn.Module, call: dict[str, Any]) -> bool:
         """Whether the call, in the module's present state, can run sparse."""

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from psa_config import PyramidSparseAttention
-from psa_integrations.attention import check_device, sparse_attention
+from psa_integrations.attention import check_device, serves_head_dim, sparse_attention
 from psa_integrations.build import mask_policy
-from psa_integrations.diffusers.site import LARGEST_HEAD_DIM, UnsupportedError
+from psa_integrations.diffusers.site import UnsupportedError
 from psa_integrations.stats import StatsRecorder
 from psa_integrations.transformers.masks import dense_mask, existing, is_roles
+from psa_kernels.checks import MAX_HEAD_DIM
 
 OnUnsupported = Literal["raise", "dense"]
 
@@ -143,8 +144,8 @@ class PyramidAttentionFunction:
             return f"{query.shape[2]} queries of {key.shape[2]} keys, which is no causal self-attention"
         if value.shape[3] != key.shape[3]:
             return f"values of head_dim {value.shape[3]} with keys of {key.shape[3]}"
-        if query.shape[3] > LARGEST_HEAD_DIM and self._impl not in ("torch", "reference"):
-            return f"head_dim {query.shape[3]}, above {LARGEST_HEAD_DIM} only impl 'torch' and 'reference' have"
+        if not serves_head_dim(self._impl, query.shape[3]):
+            return f"head_dim {query.shape[3]}, above {MAX_HEAD_DIM} only impl 'torch' and 'reference' have"
         return None
 
     def _attend(

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_kernels.checks import MAX_HEAD_DIM
 from psa_kernels.triton_device import on_device
 
-_MAX_HEAD_DIM = 256
 _ROWS = 32  # tokens that the mean of a cluster reads at a time
 
 
@@ -104,9 +104,9 @@ def _tile(dim_tile: int, element_size: int) -> tuple[int, int]:
 
 def forward(x: Tensor, centroids: Tensor, num_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, length, head_dim = x.shape
-    if x.dtype == torch.float64 or head_dim > _MAX_HEAD_DIM:
+    if x.dtype == torch.float64 or head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            f"impl='triton' of kmeans takes float16, bfloat16 or float32 with head_dim up to {_MAX_HEAD_DIM}, "
+            f"impl='triton' of kmeans takes float16, bfloat16 or float32 with head_dim up to {MAX_HEAD_DIM}, "
             f"got {x.dtype} with {head_dim}"
         )
     num_clusters = centroids.shape[2]

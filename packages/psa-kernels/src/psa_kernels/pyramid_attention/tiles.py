@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from psa_kernels.checks import MAX_HEAD_DIM
+
 _BARRIERS_AND_ALIGNMENT = 2048
 
 
@@ -24,7 +26,7 @@ class Tile:
     tile_n: int
     num_warps: int
     num_stages: int
-    max_head_dim: int = 256
+    max_head_dim: int = MAX_HEAD_DIM
     max_registers: int | None = None
 
     def shared_memory(self, head_dim: int, element_size: int) -> int:
@@ -87,7 +89,7 @@ class BackwardTile:
     streamed: int
     num_warps: int
     num_stages: int
-    max_head_dim: int = 256
+    max_head_dim: int = MAX_HEAD_DIM
 
     def shared_memory(self, head_dim: int, element_size: int) -> int:
         """Bytes of shared memory that a program takes at most.

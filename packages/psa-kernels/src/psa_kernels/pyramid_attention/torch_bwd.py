@@ -9,17 +9,11 @@ from torch import Tensor
 
 from psa_kernels.layout import num_rows, row_counts
 from psa_kernels.pyramid_attention.ops import lse_dtype
-from psa_kernels.pyramid_attention.torch_impl import (
-    _all_rows,
-    _batches,
-    _row_tables,
-    _Rows,
-    _rows_read,
-)
+from psa_kernels.pyramid_attention.torch_impl import Rows, in_blocks, reads_of_heads
 
 
 def _attend_backward(
-    query: Tensor, grad_out: Tensor, grad_lse: Tensor, lse: Tensor, q_last: Tensor | None, rows: Tensor, table: _Rows
+    query: Tensor, grad_out: Tensor, grad_lse: Tensor, lse: Tensor, q_last: Tensor | None, rows: Tensor, table: Rows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query blocks ``[N, block_q, D]``, which come scaled, and of what they read.
 
@@ -74,50 +68,27 @@ def backward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, q_len, head_dim = query.shape
-    num_kv_heads, kv_len = key.shape[1:3]
-    num_q_blocks, num_levels, group = indices.shape[2], offsets.shape[3] - 1, heads // num_kv_heads
+    q_len, head_dim = query.shape[2:]
+    kv_len, num_levels = key.shape[2], offsets.shape[3] - 1
     dtype = lse_dtype(query)
     gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    bias, last_token = _row_tables(kv_len, num_levels, kv_lengths, dtype, query.device)
-    padding = num_q_blocks * block_q - q_len
-    q_last = torch.arange(num_q_blocks * block_q, device=query.device).view(num_q_blocks, block_q) + kv_len - q_len
-
-    def in_blocks(x: Tensor, fill: float = 0.0) -> Tensor:
-        """``[group, q_len, ...]`` as ``[group * num_q_blocks, block_q, ...]``."""
-        whole = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, padding), value=fill)
-        return whole.reshape(group * num_q_blocks, block_q, *x.shape[2:])
-
-    for b in range(batch):
-        lengths = None if kv_lengths is None else kv_lengths[b : b + 1]
-        for kv_head in range(num_kv_heads):
-            own = slice(kv_head * group, (kv_head + 1) * group)
-            own_bias = bias[b % bias.shape[0]]
-            keys, values = (
-                _all_rows(x[b : b + 1, kv_head : kv_head + 1], lengths, num_levels, own_bias) for x in (key, value)
+    for head in reads_of_heads(query, key, value, indices, offsets, kv_lengths, block_q, block_kv, is_causal):
+        own, own_lse = query[head.of], lse[head.of]
+        nothing_read = own_lse == -torch.inf
+        blocks, grad_blocks = (in_blocks(x, block_q) for x in (own.to(dtype) * scale, grad_out[head.of].to(dtype)))
+        lse_blocks = in_blocks(own_lse.masked_fill(nothing_read, torch.inf), block_q, torch.inf)
+        grad_lse_blocks = torch.zeros_like(lse_blocks)
+        if grad_lse is not None:
+            grad_lse_blocks = in_blocks(grad_lse[head.of].masked_fill(nothing_read, 0), block_q)
+        grad_query, grad_keys, grad_values = (torch.zeros_like(x) for x in (blocks, head.table.keys, head.table.values))
+        for chosen, seen, rows in head.batches():
+            of_query, of_keys, of_values = _attend_backward(
+                blocks[chosen], grad_blocks[chosen], grad_lse_blocks[chosen], lse_blocks[chosen], seen, rows, head.table
             )
-            table = _Rows(keys, values, own_bias, last_token)
-            rows, totals = _rows_read(
-                indices[b, own].flatten(0, 1), offsets[b, own].flatten(0, 1), kv_len, block_kv, len(last_token) - 1
-            )
-            nothing_read = lse[b, own] == -torch.inf
-            blocks, grad_blocks = in_blocks(query[b, own].to(dtype) * scale), in_blocks(grad_out[b, own].to(dtype))
-            lse_blocks = in_blocks(lse[b, own].masked_fill(nothing_read, torch.inf), torch.inf)
-            grad_lse_blocks = torch.zeros_like(lse_blocks)
-            if grad_lse is not None:
-                grad_lse_blocks = in_blocks(grad_lse[b, own].masked_fill(nothing_read, 0))
-            grad_query, grad_keys, grad_values = (torch.zeros_like(x) for x in (blocks, keys, values))
-            order = totals.argsort(descending=True, stable=True)
-            for chosen, longest in _batches(order, totals, block_q):
-                seen = q_last[chosen % num_q_blocks] if is_causal else None
-                read = rows[chosen, :longest]
-                of_query, of_keys, of_values = _attend_backward(
-                    blocks[chosen], grad_blocks[chosen], grad_lse_blocks[chosen], lse_blocks[chosen], seen, read, table
-                )
-                grad_query[chosen] = of_query
-                grad_keys.index_add_(0, read.flatten(), of_keys.flatten(0, 1))
-                grad_values.index_add_(0, read.flatten(), of_values.flatten(0, 1))
-            gradients[0][b, own] = grad_query.mul_(scale).view(group, -1, head_dim)[:, :q_len].to(query.dtype)
-            for to, of_rows in ((gradients[1], grad_keys), (gradients[2], grad_values)):
-                to[b, kv_head] = _to_tokens(of_rows, kv_len, num_levels, lengths)
+            grad_query[chosen] = of_query
+            grad_keys.index_add_(0, rows.flatten(), of_keys.flatten(0, 1))
+            grad_values.index_add_(0, rows.flatten(), of_values.flatten(0, 1))
+        gradients[0][head.of] = grad_query.mul_(scale).view(len(own), -1, head_dim)[:, :q_len].to(query.dtype)
+        for to, of_rows in ((gradients[1], grad_keys), (gradients[2], grad_values)):
+            to[head.of[0], head.kv_head] = _to_tokens(of_rows, kv_len, num_levels, head.lengths)
     return gradients

@@ -4,6 +4,7 @@ Query blocks of the heads that share a KV head are sorted by how many rows they 
 equal length, so that little is padded and the logits in memory stay under a fixed size.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ _LOGITS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The rows of every level of one KV head, and a last row that stands for nothing.
 
     Attributes:
@@ -35,7 +36,7 @@ class _Rows:
 def _row_tables(
     kv_len: int, num_levels: int, kv_lengths: Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """``bias`` ``[1 or B, rows + 1]`` and ``last_token`` ``[rows + 1]`` of :class:`_Rows`."""
+    """``bias`` ``[1 or B, rows + 1]`` and ``last_token`` ``[rows + 1]`` of :class:`Rows`."""
     counts, last = [], []
     for level in range(1, num_levels + 1):
         counts.append(row_counts(kv_len, level, kv_lengths, device))
@@ -47,7 +48,7 @@ def _row_tables(
 
 
 def _all_rows(x: Tensor, kv_lengths: Tensor | None, num_levels: int, bias: Tensor) -> Tensor:
-    """``keys`` or ``values`` of :class:`_Rows` from ``x`` ``[1, 1, kv_len, D]``; rows that stand for no token are
+    """``keys`` or ``values`` of :class:`Rows` from ``x`` ``[1, 1, kv_len, D]``; rows that stand for no token are
     0, so that whatever lies past a sample's length stays out of the sums."""
     rows = torch.cat([x, pool_rows(x, kv_lengths, num_levels), torch.zeros_like(x[:, :, :1])], dim=2)[0, 0]
     return rows.to(bias.dtype).masked_fill(bias.isinf()[:, None], 0)
@@ -61,7 +62,7 @@ def _rows_read(indices: Tensor, offsets: Tensor, kv_len: int, block_kv: int, mis
         missing: the row that fills up shorter lists.
 
     Returns:
-        int64 ``[N, longest]`` row numbers of :class:`_Rows`, and int64 ``[N]`` how many of them are real.
+        int64 ``[N, longest]`` row numbers of :class:`Rows`, and int64 ``[N]`` how many of them are real.
     """
     device, num_levels = indices.device, offsets.shape[1] - 1
     slot = torch.arange(indices.shape[1], device=device)
@@ -86,7 +87,7 @@ def _rows_read(indices: Tensor, offsets: Tensor, kv_len: int, block_kv: int, mis
     return rows, totals
 
 
-def _attend(query: Tensor, q_last: Tensor | None, rows: Tensor, table: _Rows) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, q_last: Tensor | None, rows: Tensor, table: Rows) -> tuple[Tensor, Tensor]:
     """Attention of query blocks ``[N, block_q, D]`` to their own rows ``[N, R]``; ``q_last`` ``[N, block_q]`` is
     the last token each query may see, None where all are seen. Returns out and lse ``[N, block_q]``."""
     keys = table.keys.index_select(0, rows.flatten()).view(*rows.shape, -1)
@@ -107,6 +108,87 @@ def _attend(query: Tensor, q_last: Tensor | None, rows: Tensor, table: _Rows) ->
     return out, (row_max + total.log()).squeeze(-1)
 
 
+def in_blocks(x: Tensor, block_q: int, fill: float = 0.0) -> Tensor:
+    """``[heads, q_len, ...]`` as ``[heads * num_q_blocks, block_q, ...]``, the last block of a head filled up."""
+    padding = -x.shape[1] % block_q
+    whole = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, padding), value=fill)
+    return whole.reshape(-1, block_q, *x.shape[2:])
+
+
+@dataclass(frozen=True)
+class HeadReads:
+    """What the query heads of one sample that share a KV head read.
+
+    Attributes:
+        of: the sample and its query heads, an index of ``[B, H, ...]``.
+        kv_head: the KV head.
+        lengths: ``[1]``, how many keys the sample has; None is all.
+        table: the rows of the KV head.
+        rows: int64 ``[heads * num_q_blocks, longest]``, the rows that each query block reads.
+        totals: int64 ``[heads * num_q_blocks]``, how many of them are real.
+        block_q: queries of a block.
+        q_last: ``[num_q_blocks, block_q]``, the last token each query may see; None where all are seen.
+    """
+
+    of: tuple[int, slice]
+    kv_head: int
+    lengths: Tensor | None
+    table: Rows
+    rows: Tensor
+    totals: Tensor
+    block_q: int
+    q_last: Tensor | None
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """Query blocks of about equally many rows, as many as their logits allow: their numbers ``[N]``, the last token
+        that their queries may see ``[N, block_q]`` or None, and their rows ``[N, R]``."""
+        order = self.totals.argsort(descending=True, stable=True)
+        lengths = self.totals[order].tolist()
+        first = 0
+        while first < len(lengths):
+            longest = max(lengths[first], 1)
+            step = max(1, _LOGITS_AT_ONCE // (longest * self.block_q))
+            chosen = order[first : first + step]
+            seen = None if self.q_last is None else self.q_last[chosen % len(self.q_last)]
+            yield chosen, seen, self.rows[chosen, :longest]
+            first += step
+
+
+def reads_of_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    kv_lengths: Tensor | None,
+    block_q: int,
+    block_kv: int,
+    is_causal: bool,
+) -> Iterator[HeadReads]:
+    """:class:`HeadReads` of every KV head of every sample; arguments as of the operator."""
+    q_len, (num_kv_heads, kv_len) = query.shape[2], key.shape[1:3]
+    num_q_blocks, num_levels, group = indices.shape[2], offsets.shape[3] - 1, query.shape[1] // num_kv_heads
+    bias, last_token = _row_tables(kv_len, num_levels, kv_lengths, lse_dtype(query), query.device)
+    q_last = None
+    if is_causal:
+        token = torch.arange(num_q_blocks * block_q, device=query.device).view(num_q_blocks, block_q)
+        q_last = token + kv_len - q_len
+    for b in range(query.shape[0]):
+        lengths = None if kv_lengths is None else kv_lengths[b : b + 1]
+        for kv_head in range(num_kv_heads):
+            own = slice(kv_head * group, (kv_head + 1) * group)
+            own_bias = bias[b % bias.shape[0]]
+            keys, values = (
+                _all_rows(x[b : b + 1, kv_head : kv_head + 1], lengths, num_levels, own_bias) for x in (key, value)
+            )
+            table = Rows(keys, values, own_bias, last_token)
+            missing = len(last_token) - 1
+            rows, totals = _rows_read(
+                indices[b, own].flatten(0, 1), offsets[b, own].flatten(0, 1), kv_len, block_kv, missing
+            )
+            yield HeadReads((b, own), kv_head, lengths, table, rows, totals, block_q, q_last)
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -119,51 +201,16 @@ def forward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, q_len, head_dim = query.shape
-    num_kv_heads, kv_len = key.shape[1:3]
-    num_q_blocks, num_levels, group = indices.shape[2], offsets.shape[3] - 1, heads // num_kv_heads
+    q_len, head_dim = query.shape[2:]
     dtype = lse_dtype(query)
     out = empty_out(query)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
-    bias, last_token = _row_tables(kv_len, num_levels, kv_lengths, dtype, query.device)
-    padding = num_q_blocks * block_q - q_len
-    q_last = torch.arange(num_q_blocks * block_q, device=query.device).view(num_q_blocks, block_q) + kv_len - q_len
-
-    for b in range(batch):
-        lengths = None if kv_lengths is None else kv_lengths[b : b + 1]
-        for kv_head in range(num_kv_heads):
-            own = slice(kv_head * group, (kv_head + 1) * group)
-            own_bias = bias[b % bias.shape[0]]
-            keys, values = (
-                _all_rows(x[b : b + 1, kv_head : kv_head + 1], lengths, num_levels, own_bias) for x in (key, value)
-            )
-            table = _Rows(keys, values, own_bias, last_token)
-            rows, totals = _rows_read(
-                indices[b, own].flatten(0, 1),
-                offsets[b, own].flatten(0, 1),
-                kv_len,
-                block_kv,
-                len(last_token) - 1,
-            )
-            blocks = torch.nn.functional.pad(query[b, own].to(dtype) * scale, (0, 0, 0, padding))
-            blocks = blocks.reshape(group * num_q_blocks, block_q, head_dim)
-            head_out, head_lse = torch.empty_like(blocks), torch.empty_like(blocks[..., 0])
-            order = totals.argsort(descending=True, stable=True)
-            for chosen, longest in _batches(order, totals, block_q):
-                seen = q_last[chosen % num_q_blocks] if is_causal else None
-                head_out[chosen], head_lse[chosen] = _attend(blocks[chosen], seen, rows[chosen, :longest], table)
-            out[b, own] = head_out.view(group, -1, head_dim)[:, :q_len].to(query.dtype)
-            lse[b, own] = head_lse.view(group, -1)[:, :q_len]
+    for head in reads_of_heads(query, key, value, indices, offsets, kv_lengths, block_q, block_kv, is_causal):
+        own = query[head.of]
+        blocks = in_blocks(own.to(dtype) * scale, block_q)
+        head_out, head_lse = torch.empty_like(blocks), torch.empty_like(blocks[..., 0])
+        for chosen, seen, rows in head.batches():
+            head_out[chosen], head_lse[chosen] = _attend(blocks[chosen], seen, rows, head.table)
+        out[head.of] = head_out.view(len(own), -1, head_dim)[:, :q_len].to(query.dtype)
+        lse[head.of] = head_lse.view(len(own), -1)[:, :q_len]
     return out, lse
-
-
-def _batches(order: Tensor, totals: Tensor, block_q: int) -> list[tuple[Tensor, int]]:
-    """Cut ``order`` (longest row list first) into batches whose logits fit; each with its longest list."""
-    lengths = totals[order].tolist()
-    batches, first = [], 0
-    while first < len(lengths):
-        longest = max(lengths[first], 1)
-        step = max(1, _LOGITS_AT_ONCE // (longest * block_q))
-        batches.append((order[first : first + step], longest))
-        first += step
-    return batches
