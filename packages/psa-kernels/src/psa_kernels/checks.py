@@ -66,6 +66,12 @@ def gpu_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether ``device`` is an NVIDIA GPU of capability 9.0, whose tensor cores take operands from shared memory; AMD
+    numbers its own otherwise."""
+    return torch.version.hip is None and gpu_capability(device) == HOPPER
+
+
 def impl_to_run(impl: str, device: torch.device) -> str:
     """The implementation that an operator runs on ``device``.
 

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from psa_kernels.checks import HOPPER, gpu_capability
-
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which launches go to the device of ``tensor``.
@@ -35,11 +33,6 @@ def shared_memory_limit(device: torch.device) -> int:
 def has_tensor_memory_access(device: torch.device) -> bool:
     """Whether ``device`` copies whole tiles by descriptor (TMA, capability 9.0 and up); the interpreter can."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def is_hopper(device: torch.device) -> bool:
-    """Whether ``device`` is a GPU of capability 9.0, whose tensor cores take their operands from shared memory."""
-    return gpu_capability(device) == HOPPER
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Forward kernel for Hopper (capability 9.0), in Gluon: warps that load beside warps that compute.
 
-One warp loads queries and keys, and one values, by tensor descriptors (TMA): a block at a time, or several small ones as
-boxes with a place each in one tile. Blocks of fewer than 16 rows (with blocks of 128 tokens those of level 5 and up)
+One warp loads queries and keys, and one values, by tensor descriptors (TMA): a block at a time, or several small ones,
+as boxes with a place each in one tile. Blocks of fewer than 16 rows (with blocks of 128 tokens those of level 5 and up)
 are gathered by four more warps. Two groups of four warps compute, each for half of a query block: the scores of a tile,
 and while its weights are worked out, what the values of the tile before give. In between lie rings of tiles in shared
 memory, each tile with a barrier that says full and one that says empty. Programs stay: the first tiles of a query block
@@ -25,7 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from psa_kernels.triton_device import can_copy_by_descriptor, is_hopper, num_multiprocessors, shared_memory_limit
+from psa_kernels.checks import is_hopper
+from psa_kernels.triton_device import can_copy_by_descriptor, num_multiprocessors, shared_memory_limit
 
 # Gluon is young and its functions change: of another Triton's nothing is known here.
 if not (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9):

@@ -28,7 +28,7 @@ def attention_kernels(device: torch.device) -> AttentionKernels:
     capability = checks.gpu_capability(device)
     if capability is None or capability < checks.MIN_CAPABILITY:
         return AttentionKernels(("torch_impl",))
-    if capability != checks.HOPPER:
+    if not checks.is_hopper(device):
         return AttentionKernels(("triton_fwd",))
     try:
         import_module("psa_kernels.pyramid_attention.hopper_fwd")
