@@ -15,10 +15,11 @@ HOPPER = "psa_kernels.pyramid_attention.hopper_fwd"
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The calls that the kernel got."""
+    """The calls that the kernel got, which takes plans of every level here."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for capability 9.0")
     module = importlib.import_module(HOPPER)
+    monkeypatch.setattr(module, "MOST_LEVELS", {64: 8, 128: 8})
     launch, calls = module.launch, []
 
     def spy(*args):
@@ -201,8 +202,8 @@ def test_what_it_takes(monkeypatch):
     monkeypatch.setattr(module, "is_hopper", lambda device: True)
     monkeypatch.setattr(module, "shared_memory_limit", lambda device: 227 * 1024)
     qkv = make_qkv(head_dim=128, dtype=torch.bfloat16)
-    asked = {"block_q": 128, "block_kv": 128, "is_causal": False, "scale": 0.1}
-    for change in ({}, {"block_kv": 64}, {"block_kv": 32}):
+    asked = {"block_q": 128, "block_kv": 128, "num_levels": 8, "is_causal": False, "scale": 0.1}
+    for change in ({}, {"num_levels": 1}, {"block_kv": 64}, {"block_kv": 32}):
         assert module.takes(*qkv, None, **(asked | change)), change
     for change in ({"block_q": 64}, {"block_kv": 16}, {"is_causal": True}, {"scale": -0.1}):
         assert not module.takes(*qkv, None, **(asked | change)), change
@@ -210,9 +211,12 @@ def test_what_it_takes(monkeypatch):
     for shape in ({"head_dim": 56}, {"head_dim": 100}, {"head_dim": 256}, {"dtype": torch.float32}):
         other = make_qkv(**({"head_dim": 128, "dtype": torch.bfloat16} | shape))
         assert not module.takes(*other, None, **asked), shape
-    for shape in ({"head_dim": 64}, {"head_dim": 72}, {"dtype": torch.float16}):
+    for shape in ({"head_dim": 72}, {"dtype": torch.float16}):
         other = make_qkv(**({"head_dim": 128, "dtype": torch.bfloat16} | shape))
         assert module.takes(*other, None, **asked), shape
+    small = make_qkv(head_dim=64, dtype=torch.bfloat16)
+    assert module.takes(*small, None, **(asked | {"num_levels": 1}))
+    assert not module.takes(*small, None, **asked)  # there the other kernel is the faster one
     monkeypatch.setattr(module, "shared_memory_limit", lambda device: 163 * 1024)
     assert not module.takes(*qkv, None, **asked)
 

@@ -40,8 +40,10 @@ _copy_elements = getattr(async_copy, "async_load", None) or async_copy.async_cop
 BLOCK = 128
 """Tokens of a query block, and rows of a tile."""
 _QUERY_TILES = 2
-_KEY_AND_VALUE_TILES = {64: (6, 5), 128: (3, 2)}
+_KEY_AND_VALUE_TILES = {64: (4, 4), 128: (3, 2)}
 """Tiles of keys and of values in the rings, by the columns of a tile."""
+MOST_LEVELS = {64: 1, 128: 8}
+"""With how many levels this kernel is the faster one, by the columns of a tile. It computes eight."""
 _REGISTERS = {False: (224, 56), True: (208, 48)}
 """Of a thread that computes and of one that loads, without and with warps that gather: 12 or 16 warps share 65,536."""
 
@@ -571,12 +573,17 @@ def takes(
     kv_lengths: Tensor | None,
     block_q: int,
     block_kv: int,
+    num_levels: int,
     is_causal: bool,
     scale: float,
 ) -> bool:
-    """Whether the kernel computes a call."""
+    """Whether the kernel computes a call, and is the faster one for it.
+
+    At head_dim 64 a tile has half the multiplications and as many weights; there three programs of the other kernel
+    share a multiprocessor, and with pooled levels they win.
+    """
     head_dim = query.shape[3]
-    if not 64 <= head_dim <= 128 or head_dim % 8:
+    if not 64 <= head_dim <= 128 or head_dim % 8 or num_levels > MOST_LEVELS[_dim_tile(head_dim)]:
         return False
     if not is_hopper(query.device) or query.dtype not in (torch.float16, torch.bfloat16):
         return False

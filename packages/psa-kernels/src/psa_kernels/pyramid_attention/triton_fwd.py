@@ -457,7 +457,7 @@ def forward(
         )
         pooled = pool_keys_and_values(key, value, kv_lengths, num_levels)
         order = heavy_first(offsets, num_kv_blocks, block_kv)
-        if _hopper and _hopper.takes(query, key, value, kv_lengths, block_q, block_kv, is_causal, scale):
+        if _hopper and _hopper.takes(query, key, value, kv_lengths, block_q, block_kv, num_levels, is_causal, scale):
             _hopper.launch(query, key, value, pooled, order, indices, offsets, out, lse, block_kv, scale * _LOG2_E)
             return out, lse
         large_levels = min(num_levels, (block_kv // tile.tile_n).bit_length())
