@@ -1,18 +1,21 @@
 """`psa presets`: the density it says beforehand is the one that comes out, and its other commands are psa-config's."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny_pipelines import build, sample
 
 from psa_config import Preset, PyramidSparseAttention, load_presets
 from psa_integrations.build import mask_policy
 from psa_integrations.cli import main
 from psa_integrations.cli.estimate import estimate_density
 from psa_integrations.cli.shapes import SHAPES, grid_of
+from psa_integrations.diffusers.apply import ADAPTERS
 from psa_integrations.tiny_wan import load_pipeline
 from psa_kernels import BlockLayout
-from psa_masks import density
+from psa_masks import VideoGrid, density
 
 
 def sparse(model: str, name: str, **changes: object) -> tuple[Preset, PyramidSparseAttention]:
@@ -78,6 +81,7 @@ def test_the_shape_of_the_shipped_model() -> None:
     ("model", "size", "tokens"),
     [
         ("Wan2.1_1.3b", (1280, 720, 69), 18 * 45 * 80),
+        ("Wan2.1_1.3b", (1280, 720, 70), 18 * 45 * 80),
         ("Wan2.2_5B", (1280, 704, 121), 31 * 22 * 40),
         ("CogVideo_5b", (720, 480, 49), 13 * 30 * 45 + 226),
         ("CogVideo1.5_5b", (1360, 768, 81), 11 * 48 * 85 + 226),
@@ -87,6 +91,42 @@ def test_the_shape_of_the_shipped_model() -> None:
 def test_tokens_of_a_size(model: str, size: tuple[int, int, int], tokens: int) -> None:
     width, height, frames = size
     assert grid_of(load_presets().get(model), width=width, height=height, frames=frames).seq_len == tokens
+
+
+class TransformerReachedError(Exception):
+    """Raised by the transformer when it is called: its latents are there."""
+
+
+@pytest.mark.parametrize(
+    ("form", "model"),
+    [
+        ("wan21", "Wan2.1_1.3b"),
+        ("wan22_a14b", "Wan2.2_A14B"),
+        ("wan22_5b", "Wan2.2_5B"),
+        ("cogvideox_5b", "CogVideo_5b"),
+        ("cogvideox_1.5", "CogVideo1.5_5b"),
+        ("hunyuan", "HunyuanVideo"),
+        ("ltx", "LTX-Video"),
+        ("mochi", "Mochi"),
+    ],
+)
+def test_any_number_of_frames_is_cut_as_the_pipeline_cuts_it(form: str, model: str) -> None:
+    pipeline, preset = build(form), load_presets().get(model)
+    adapter = next(load() for name, load in ADAPTERS.items() if name == type(pipeline.transformer).__name__)
+    found: list[VideoGrid | None] = []
+
+    def look(module: Any, args: Any, call: dict[str, Any]) -> None:
+        found.append(adapter.grid(module, call))
+        raise TransformerReachedError
+
+    pipeline.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    for frames in range(1, 2 * preset.video_scale.depth_divisor + 2):
+        with pytest.raises(TransformerReachedError):
+            sample(pipeline, width=64, height=64, num_frames=frames)
+        expected = grid_of(preset, width=64, height=64, frames=frames)
+        made = found[-1]
+        assert made is not None
+        assert (made.frames, made.height, made.width) == (expected.frames, expected.height, expected.width), frames
 
 
 def test_show_explains_and_estimates(capsys: pytest.CaptureFixture[str]) -> None:

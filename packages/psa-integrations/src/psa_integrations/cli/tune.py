@@ -33,6 +33,7 @@ from psa_integrations.cli.sample import (
     run_pipeline,
     sample,
 )
+from psa_integrations.cli.shapes import grid_of
 from psa_integrations.cli.video import SMALLEST_SIDE, psnr_and_ssim
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
@@ -126,12 +127,7 @@ def run(options: argparse.Namespace) -> None:
 
     pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
     check_calls(pipeline, [base], prompts, options, settings)
-    scale = base.video_scale
-    grid = VideoGrid(
-        frames=(settings.frames - 1) // scale.depth_divisor + 1,
-        height=settings.height // scale.height_divisor,
-        width=settings.width // scale.width_divisor,
-    )
+    grid = grid_of(base, width=settings.width, height=settings.height, frames=settings.frames)
     candidates = list(_candidates(base, attention, density, grid))
     videos = []
     for prompt in prompts:
