@@ -218,7 +218,7 @@ def test_every_transformer_that_can_be_served_is_looked_for(monkeypatch: pytest.
 
 def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "abacus"]) == 1
-    assert "--device must be a device of torch" in capsys.readouterr().err
+    assert "--device must be one that torch sees, cpu" in capsys.readouterr().err
 
 
 def test_the_packages_are_the_four() -> None:
