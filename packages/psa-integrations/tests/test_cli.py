@@ -199,6 +199,10 @@ def test_wrong_usage_exits_with_two(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
+        ("--width", "abc", "must be a whole number, got 'abc'"),
+        ("--frames", "1.5", "must be a whole number, got '1.5'"),
+        ("--seed", "", "must be a whole number, got ''"),
+        ("--guidance", "high", "must be a number, got 'high'"),
         ("--guidance", "nan", "must be finite, got nan"),
         ("--guidance", "inf", "must be finite, got inf"),
         ("--seed", str(2**64), f"must fit 64 bits, got {2**64}"),

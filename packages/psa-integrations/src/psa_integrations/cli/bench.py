@@ -16,9 +16,9 @@ import psa_kernels
 from psa_config import Preset
 from psa_integrations.attention import sparse_attention
 from psa_integrations.build import find_preset, mask_policy, sparse_attention_of
+from psa_integrations.cli.arguments import Numbers, positive
 from psa_integrations.cli.load import DTYPES, device_named
 from psa_integrations.cli.models import MODELS
-from psa_integrations.cli.sample import positive
 from psa_integrations.cli.selftest import check_operators
 from psa_integrations.cli.shapes import SHAPES, AttentionShape, grid_of
 from psa_integrations.cli.timing import at_length, break_even, measure
@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> None:
         "attention, in one sparse step. Says from which length on a preset is faster. Before any timing the operators "
         "are held against the oracle.",
     )
-    parser.add_argument("--lengths", type=positive, nargs="+", metavar="TOKENS", help="default: to suit the device")
+    parser.add_argument("--lengths", action=Numbers, least=1, metavar="TOKENS", help="default: to suit the device")
     parser.add_argument("--heads", type=positive, help="default: those of the first preset's model")
     parser.add_argument("--head-dim", type=positive, help="default: that of the first preset's model")
     parser.add_argument("--preset", action="append", metavar="MODEL/PRESET", help="may be given more than once")
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     shape = SHAPES.get(presets[0].model, AttentionShape(1, 8, 64))
     heads, head_dim = options.heads or shape.heads, options.head_dim or shape.head_dim
     dtype = DTYPES[options.dtype] if options.dtype else torch.bfloat16 if on_gpu else torch.float32
-    lengths = sorted(set(options.lengths or (GPU_LENGTHS if on_gpu else CPU_LENGTHS)))
+    lengths = options.lengths or (GPU_LENGTHS if on_gpu else CPU_LENGTHS)
     wrong = [check for check in check_operators(device) if check.problem]
     if wrong:
         raise RuntimeError(f"{wrong[0].operator} is wrong on {device}, so nothing is timed; see psa doctor")

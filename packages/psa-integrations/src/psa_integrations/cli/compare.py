@@ -13,6 +13,7 @@ from typing import Any
 from psa_config import DenseAttention, Preset, load_presets
 from psa_integrations.__about__ import __version__
 from psa_integrations.build import sparse_attention_of
+from psa_integrations.cli.arguments import Numbers
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import print_json, set_up_logging
@@ -54,20 +55,13 @@ def add_parser(commands: Any) -> None:
     for name, count in _DEFAULT_MAPS.items():
         parser.add_argument(
             f"--map-{name}",
-            type=numbers,
-            metavar="N,N,...",
+            action=Numbers,
+            least=0,
+            metavar="N",
             help=f"{name} whose level maps to keep, from 0 (default: {count}, from the first to the last)",
         )
     add_sampling_options(parser)
     parser.set_defaults(run=run)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Parses numbers from 0 with commas between them, for argparse."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"[0-9]+", part) for part in parts):
-        raise argparse.ArgumentTypeError(f"must be numbers from 0 with commas between them, got {text!r}")
-    return tuple(sorted({int(part) for part in parts}))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -10,9 +10,9 @@ from psa_config import Preset, load_presets
 from psa_config.commands import add_commands
 from psa_config.describe import describe
 from psa_integrations.build import sparse_attention_of
+from psa_integrations.cli.arguments import positive
 from psa_integrations.cli.estimate import estimate_density, run_density
 from psa_integrations.cli.models import MODELS
-from psa_integrations.cli.sample import positive
 from psa_integrations.cli.shapes import SHAPES, grid_of
 
 _SIZE = ("width", "height", "frames")

@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import torch
 
 from psa_config import Preset
 from psa_integrations.build import check_clusters, sparse_attention_of
+from psa_integrations.cli.arguments import finite, positive, seed
 from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
 from psa_integrations.cli.progress import Progress
@@ -69,30 +69,6 @@ class StepClock:
     def seconds(self) -> tuple[float, ...]:
         """Of each step so far."""
         return tuple(end - begin for begin, end in pairwise(self._times))
-
-
-def positive(text: str) -> int:
-    """Parses a positive integer for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def finite(text: str) -> float:
-    """Parses a finite number for argparse."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
-    return value
-
-
-def seed(text: str) -> int:
-    """Parses what torch takes as a seed, for argparse."""
-    value = int(text)
-    if not -(2**63) <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"must fit 64 bits, got {text}")
-    return value
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

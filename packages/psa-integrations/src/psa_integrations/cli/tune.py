@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from psa_config import Preset, PyramidSparseAttention, load_presets
 from psa_integrations.attention import sparse_attention
 from psa_integrations.build import mask_policy, sparse_attention_of, token_order
+from psa_integrations.cli.arguments import finite, positive
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import print_json, set_up_logging
@@ -29,7 +30,6 @@ from psa_integrations.cli.sample import (
     check_calls,
     check_run,
     chosen,
-    positive,
     run_pipeline,
     sample,
 )
@@ -93,7 +93,7 @@ def add_parser(commands: Any) -> None:
         "closest to dense as a preset file for `psa generate --presets`.",
     )
     parser.add_argument("--model", choices=_MODELS, default="tiny-wan")
-    parser.add_argument("--target-density", type=float, required=True, help="executed over dense work, below 1")
+    parser.add_argument("--target-density", type=finite, required=True, help="executed over dense work, below 1")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a prompt a line")
     parser.add_argument("--out", type=Path, default=Path("preset.yaml"), metavar="FILE", help="default: preset.yaml")
     parser.add_argument("--videos", type=positive, default=2, help="candidates to make videos with (default 2)")
