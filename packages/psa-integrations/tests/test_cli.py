@@ -260,7 +260,7 @@ def test_demo_compares_and_writes_four_videos(weights: str, tmp_path: Path, caps
         (["--width", "8"], "--width and --height must be at least 12 to compare by SSIM, got 8 and 16"),
         (["--steps", "5"], "tiny-wan/psa_balanced, warmup_steps 5 and cooldown_steps 0, got 5"),
         (["--height", "18"], "--height must be a multiple of 4 for tiny-wan, got 18; the nearest are 16 and 20"),
-        (["--out", "taken"], "taken"),
+        (["--out", "taken"], "--out must be a folder or become one, got taken: File exists"),
         (["--out", "folders"], "--out must be a file, and folders/side_by_side.mp4 is a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

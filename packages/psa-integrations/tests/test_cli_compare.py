@@ -108,6 +108,8 @@ def test_the_default_preset_is_the_models(weights: str, tmp_path: Path) -> None:
         ([*PROMPT, "--steps", "5"], "warmup_steps 5 and cooldown_steps 0, got 5"),
         ([*PROMPT, "--out", "full"], "--out must be a new or an empty folder, and full is neither"),
         ([*PROMPT, "--out", "empty.txt"], "--out must be a new or an empty folder, and empty.txt is neither"),
+        ([*PROMPT, "--out", "/proc/x"], "--out must lie in a folder that can be written, got /proc/x: No such file"),
+        (["--prompt-file", "nope.txt"], "--prompt-file must be a file that can be read, got nope.txt: No such file"),
         ([*PROMPT, "--out", "nowhere/out"], "--out must lie in a folder that exists, got nowhere/out"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -156,7 +156,8 @@ def test_show_explains_and_estimates(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_show_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(["presets", "show", *arguments]) == 1
-    error = capsys.readouterr().err
+    printed, error = capsys.readouterr()
+    assert printed == ""
     assert error.startswith("psa: error: ")
     assert message in error
 
@@ -169,6 +170,26 @@ def test_a_model_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
     assert main(["presets", "show", "mine", "--presets", str(file)]) == 0
     assert "give --width, --height and --frames" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("nodir/a.yaml", "must lie in a folder that exists, got nodir/a.yaml"),
+        ("/proc/a.yaml", "must lie in a folder that can be written, got /proc/a.yaml: No such file or directory"),
+        ("there.yaml", "must be a file that is not there yet, and there.yaml is left as it is"),
+    ],
+)
+def test_new_files_are_refused_by_the_name_they_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.yaml").write_text("a: b\n")
+    assert main(["presets", "new", out]) == 1
+    assert capsys.readouterr().err == f"psa: error: file {message}\n"
+    assert main(["presets", "convert", "there.yaml", "--out", out]) == 1
+    assert capsys.readouterr().err == f"psa: error: --out {message}\n"
+    assert Path("there.yaml").read_text() == "a: b\n"
 
 
 def test_the_commands_of_psa_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

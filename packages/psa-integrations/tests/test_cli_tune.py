@@ -66,7 +66,7 @@ def test_writes_the_best_of_what_it_measured(
         (["--target-density", "0.01"], r"--target-density must be above 0.015625, .* and below 1, got 0.01"),
         (["--target-density", "1"], r"--target-density must be above .* got 1"),
         (["--out", "preset.mp4"], r"--out must be a .yaml file in a folder that exists, got preset.mp4"),
-        (["--prompts", "nowhere.txt"], r".*nowhere.txt.*"),
+        (["--prompts", "nowhere.txt"], r"--prompts must be a file that can be read, got nowhere.txt: No such file .*"),
         (["--steps", "5"], r"--steps must be above the dense steps of tiny-wan/psa_quality.* got 5"),
         (["--width", "34"], r"--width must be a multiple of 4 for tiny-wan, got 34; the nearest are 32 and 36"),
         (["--height", "8"], r"--width and --height must be at least 12 to compare videos"),

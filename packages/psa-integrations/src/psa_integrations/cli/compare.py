@@ -14,6 +14,7 @@ from psa_config import DenseAttention, Preset, load_presets
 from psa_integrations.__about__ import __version__
 from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.arguments import Numbers
+from psa_integrations.cli.files import check_folder_of
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import print_json, set_up_logging
@@ -178,8 +179,7 @@ def _folder(out: Path) -> Iterator[Path]:
     """A new folder that gets the name `out` when all went well; else it is gone, unless it got another name before."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out must be a new or an empty folder, and {out} is neither")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out must lie in a folder that exists, got {out}")
+    check_folder_of(out, "--out")
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as staging:
         # One folder further in: a temporary folder is closed to other users.
         partial = Path(staging) / "report"

@@ -50,7 +50,10 @@ def run(options: argparse.Namespace) -> None:
         )
     for preset in presets:
         check_run(preset, settings)
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out must be a folder or become one, got {options.out}: {error.strerror}") from error
     for name in _FILES:
         check_output(options.out / name)
     pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
