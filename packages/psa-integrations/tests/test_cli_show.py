@@ -9,8 +9,9 @@ from tiny_pipelines import build, sample
 
 from psa_config import Preset, PyramidSparseAttention, load_presets
 from psa_integrations.build import mask_policy
-from psa_integrations.cli import main
+from psa_integrations.cli import bench, build_parser, main
 from psa_integrations.cli.estimate import estimate_density
+from psa_integrations.cli.models import MODELS, ModelSpec
 from psa_integrations.cli.shapes import SHAPES, grid_of
 from psa_integrations.diffusers.apply import ADAPTERS
 from psa_integrations.tiny_wan import load_pipeline
@@ -190,6 +191,21 @@ def test_new_files_are_refused_by_the_name_they_were_given(
     assert main(["presets", "convert", "there.yaml", "--out", out]) == 1
     assert capsys.readouterr().err == f"psa: error: --out {message}\n"
     assert Path("there.yaml").read_text() == "a: b\n"
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)
+def test_every_command_takes_both_names_of_a_model(spec: ModelSpec, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for name in (spec.name, spec.presets):
+        assert main(["presets", "new", "--model", name]) == 0
+        assert main(["presets", "show", name]) == 0
+        printed.append(capsys.readouterr().out)
+        for command in ("generate", "compare"):
+            assert build_parser().parse_args([command, "--prompt", "", "--model", name]).model == spec.name
+        assert bench._preset_named(f"{name}/psa_balanced") == load_presets().get(spec.presets, "psa_balanced")
+    assert printed[0] == printed[1]
+    tune = ["tune", "--target-density", "0.4", "--prompts", "a.txt", "--model", "Wan2.1_14b"]
+    assert build_parser().parse_args(tune).model == "wan2.1-14b"
 
 
 def test_the_commands_of_psa_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from psa_integrations.attention import sparse_attention
 from psa_integrations.build import find_preset, mask_policy, sparse_attention_of
 from psa_integrations.cli.arguments import Numbers, positive
 from psa_integrations.cli.load import DTYPES, device_named
-from psa_integrations.cli.models import MODELS
+from psa_integrations.cli.models import MODELS, presets_name
 from psa_integrations.cli.selftest import check_operators
 from psa_integrations.cli.shapes import SHAPES, AttentionShape, grid_of
 from psa_integrations.cli.timing import at_length, break_even, measure
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     """Checks, times, prints."""
     device = device_named(options.device)
     on_gpu = device.type == "cuda"
-    presets = [find_preset(name) for name in options.preset or (GPU_PRESETS if on_gpu else CPU_PRESETS)]
+    presets = [_preset_named(name) for name in options.preset or (GPU_PRESETS if on_gpu else CPU_PRESETS)]
     for preset in presets:
         if sparse_attention_of(preset) is None:
             raise ValueError(f"--preset must be sparse, dense attention is timed anyway; got {_title(preset)}")
@@ -131,6 +131,11 @@ def run(options: argparse.Namespace) -> None:
         )
     print()
     print("\n".join(advice))
+
+
+def _preset_named(name: str) -> Preset:
+    model, slash, preset = name.partition("/")
+    return find_preset(f"{presets_name(model)}{slash}{preset}")
 
 
 def _title(preset: Preset) -> str:

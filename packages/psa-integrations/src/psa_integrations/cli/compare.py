@@ -16,7 +16,7 @@ from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.arguments import Numbers
 from psa_integrations.cli.files import check_folder_of
 from psa_integrations.cli.load import load_model
-from psa_integrations.cli.models import MODELS, RunDefaults
+from psa_integrations.cli.models import MODELS, RunDefaults, command_name
 from psa_integrations.cli.output import print_json, set_up_logging
 from psa_integrations.cli.prompts import read_prompts
 from psa_integrations.cli.sample import StepClock, add_sampling_options, check_calls, check_run, chosen, sample
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
         "with the same settings, and writes a folder: the videos, metrics.json, and report.html, which opens from "
         "disk and needs nothing else.",
     )
-    parser.add_argument("--model", choices=tuple(MODELS), default="tiny-wan")
+    parser.add_argument("--model", type=command_name, choices=tuple(MODELS), default="tiny-wan")
     parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 text, a prompt a line")
     parser.add_argument(

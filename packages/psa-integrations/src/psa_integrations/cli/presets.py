@@ -14,7 +14,7 @@ from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.arguments import positive
 from psa_integrations.cli.estimate import estimate_density, run_density
 from psa_integrations.cli.files import check_new_file
-from psa_integrations.cli.models import MODELS
+from psa_integrations.cli.models import MODELS, presets_name
 from psa_integrations.cli.shapes import SHAPES, grid_of
 
 _SIZE = ("width", "height", "frames")
@@ -40,7 +40,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run_new(plain: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """psa-config's command, which is `plain`, for a file that can be made."""
+    """psa-config's command, which is `plain`, for a file that can be made and either name of the model."""
+    options.model = presets_name(options.model)
     if options.file is not None:
         check_new_file(options.file, "file")
     return plain(options)
@@ -55,8 +56,7 @@ def run_convert(plain: Callable[[argparse.Namespace], int], options: argparse.Na
 
 def run_show(options: argparse.Namespace) -> int:
     """Prints the explanation."""
-    model = MODELS[options.model].presets if options.model in MODELS else options.model
-    preset = load_presets(options.presets).get(model, options.preset)
+    preset = load_presets(options.presets).get(presets_name(options.model), options.preset)
     for line in list(_explanation(preset, options)):  # nothing of it where something is wrong
         print(textwrap.fill(line, 100, subsequent_indent="  ") if line else "")
     return 0

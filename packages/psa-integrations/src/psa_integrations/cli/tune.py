@@ -22,7 +22,7 @@ from psa_integrations.attention import sparse_attention
 from psa_integrations.build import mask_policy, sparse_attention_of, token_order
 from psa_integrations.cli.arguments import finite, positive
 from psa_integrations.cli.load import load_model
-from psa_integrations.cli.models import MODELS, RunDefaults
+from psa_integrations.cli.models import MODELS, RunDefaults, command_name
 from psa_integrations.cli.output import print_json, set_up_logging
 from psa_integrations.cli.prompts import read_prompts
 from psa_integrations.cli.sample import (
@@ -92,7 +92,7 @@ def add_parser(commands: Any) -> None:
         "token orders gets wrong in its attention at one density, makes videos with the best few, and writes the one "
         "closest to dense as a preset file for `psa generate --presets`.",
     )
-    parser.add_argument("--model", choices=_MODELS, default="tiny-wan")
+    parser.add_argument("--model", type=command_name, choices=_MODELS, default="tiny-wan")
     parser.add_argument("--target-density", type=finite, required=True, help="executed over dense work, below 1")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a prompt a line")
     parser.add_argument("--out", type=Path, default=Path("preset.yaml"), metavar="FILE", help="default: preset.yaml")
