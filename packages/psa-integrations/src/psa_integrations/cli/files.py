@@ -21,5 +21,25 @@ def check_folder_of(path: Path, argument: str) -> None:
 def check_new_file(path: Path, argument: str) -> None:
     """Raises OSError if `path`, which `argument` gave, is there already, or its folder cannot be written."""
     if os.path.lexists(path):
-        raise FileExistsError(f"{argument} must be a file that is not there yet, and {path} is left as it is")
+        raise _there_already(path, argument)
     check_folder_of(path, argument)
+
+
+def write_new(text: str, path: Path, argument: str) -> None:
+    """Makes a text file, which is whole or absent.
+
+    Raises:
+        OSError: `path`, which `argument` gave, is there already, or cannot be written.
+    """
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.stem}-") as folder:
+        partial = Path(folder) / path.name
+        partial.write_text(text, encoding="utf-8")
+        try:
+            path.touch(exist_ok=False)  # takes the name, which no one else can then
+        except FileExistsError as error:
+            raise _there_already(path, argument) from error
+        partial.replace(path)
+
+
+def _there_already(path: Path, argument: str) -> FileExistsError:
+    return FileExistsError(f"{argument} must be a file that is not there yet, and {path} is left as it is")

@@ -99,8 +99,13 @@ def chosen(options: argparse.Namespace, defaults: RunDefaults) -> RunDefaults:
     return RunDefaults(**{name: pick(name) for name in names})
 
 
-def check_run(preset: Preset, run: RunDefaults) -> None:
+def check_run(preset: Preset, run: RunDefaults, *, called: str | None = None) -> None:
     """What can be refused of a run before its model is loaded.
+
+    Args:
+        preset: of its model.
+        run: see `chosen`.
+        called: what errors call the preset; None is its model's name and its own.
 
     Raises:
         ValueError: a side of the videos is no multiple of the pixels of a token of the preset's model; a sparse preset
@@ -110,15 +115,16 @@ def check_run(preset: Preset, run: RunDefaults) -> None:
     sparse = sparse_attention_of(preset)
     if sparse is None:
         return
+    called = called or f"{preset.model}/{preset.name}"
     if sparse.warmup_steps + sparse.cooldown_steps >= run.steps:
         raise ValueError(
-            f"--steps must be above the dense steps of {preset.model}/{preset.name}, warmup_steps "
+            f"--steps must be above the dense steps of {called}, warmup_steps "
             f"{sparse.warmup_steps} and cooldown_steps {sparse.cooldown_steps}, got {run.steps}"
         )
     try:
         check_clusters(sparse, grid)
     except ValueError as error:
-        raise ValueError(f"{preset.model}/{preset.name}: {error}") from error
+        raise ValueError(f"{called}: {error}") from error
 
 
 def check_calls(
