@@ -143,6 +143,10 @@ def test_show_explains_and_estimates(capsys: pytest.CaptureFixture[str]) -> None
     assert "64,800 tokens (18 x 45 x 80)" in text
     assert "774 TFLOP dense" in text
     assert "too unlike to be pooled" in text
+    assert main(["presets", "show", "tiny-wan", "psa_balanced", "--frames", "1", "--steps", "1"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "At 64x64, 1 frame: 256 tokens (1 x 16 x 16)." in text
+    assert "Density of 1 step, 1 of them dense" in text
     assert main(["presets", "show", "tiny-wan", "baseline"]) == 0
     assert "Dense attention, unchanged" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ import torch
 from psa_config import load_presets
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, command_name
-from psa_integrations.cli.output import print_json, set_up_logging, versions
+from psa_integrations.cli.output import counted, print_json, set_up_logging, versions
 from psa_integrations.cli.prompts import Share, numbered, read_prompts
 from psa_integrations.cli.sample import add_sampling_options, check_calls, check_run, chosen, sample, settings_report
 from psa_integrations.cli.video import check_output, write_video
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
             print_json(report)
         else:
             print(
-                f"{out}: {frames} frames of {width}x{height}, {preset.model}/{preset.name}, "
+                f"{out}: {counted(frames, 'frame')} of {width}x{height}, {preset.model}/{preset.name}, "
                 f"{result.seconds:.1f} s, density {result.density:.3f}",
                 flush=True,
             )

@@ -15,6 +15,7 @@ from psa_integrations.cli.arguments import positive
 from psa_integrations.cli.estimate import estimate_density, run_density
 from psa_integrations.cli.files import check_new_file
 from psa_integrations.cli.models import MODELS, presets_name
+from psa_integrations.cli.output import counted
 from psa_integrations.cli.shapes import SHAPES, grid_of
 
 _SIZE = ("width", "height", "frames")
@@ -77,7 +78,7 @@ def _explanation(preset: Preset, options: argparse.Namespace) -> Iterator[str]:
     grid = grid_of(preset, width=width, height=height, frames=frames)
     text = f" and {grid.text} of text" if grid.text else ""
     yield (
-        f"At {width}x{height}, {frames} frames: {grid.seq_len:,} tokens "
+        f"At {width}x{height}, {counted(frames, 'frame')}: {counted(grid.seq_len, 'token')} "
         f"({grid.frames} x {grid.height} x {grid.width}{text})."
     )
     shape = SHAPES.get(preset.model)
@@ -100,7 +101,7 @@ def _explanation(preset: Preset, options: argparse.Namespace) -> Iterator[str]:
         dense = min(steps, attention.warmup_steps + attention.cooldown_steps)
         layers = None if shape is None else shape.layers
         run = run_density(attention, estimate.expected, steps=steps, layers=layers)
-        yield f"Density of {steps} steps, {dense} of them dense: about {run:.3f}."
+        yield f"Density of {counted(steps, 'step')}, {dense} of them dense: about {run:.3f}."
 
 
 def tera(flops: float) -> str:

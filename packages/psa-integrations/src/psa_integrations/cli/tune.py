@@ -24,7 +24,7 @@ from psa_integrations.cli.arguments import finite, positive
 from psa_integrations.cli.files import check_new_file, write_new
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults, command_name
-from psa_integrations.cli.output import print_json, set_up_logging, versions
+from psa_integrations.cli.output import counted, print_json, set_up_logging, versions
 from psa_integrations.cli.prompts import read_prompts
 from psa_integrations.cli.sample import (
     add_sampling_options,
@@ -152,8 +152,8 @@ def run(options: argparse.Namespace) -> None:
         say(f"{_name(candidate.preset)}: PSNR {candidate.psnr:.2f} dB")
     best = max(tried, key=lambda candidate: candidate.psnr or 0.0)
     text = (
-        f"Tuned, prompts: {len(prompts)}, {settings.frames} frames of {settings.width}x{settings.height}, "
-        f"{settings.steps} steps: density {best.density:.4f}, attention error {best.error:.4f}, "
+        f"Tuned, prompts: {len(prompts)}, {counted(settings.frames, 'frame')} of {settings.width}x{settings.height}, "
+        f"{counted(settings.steps, 'step')}: density {best.density:.4f}, attention error {best.error:.4f}, "
         f"PSNR {best.psnr:.2f} dB."
     )
     _write(options.out, best.preset, text)
@@ -248,7 +248,7 @@ def _dense(
     with measure:
         video = run_pipeline(pipeline, prompt, options, settings, after_step)
     if not measure.calls:
-        raise RuntimeError(f"the model attended to no {length} tokens at once, so nothing can be measured")
+        raise RuntimeError(f"the model attended to no {counted(length, 'token')} at once, so nothing can be measured")
     return video
 
 
