@@ -16,6 +16,8 @@ from psa_config import load_presets
 from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli import build_parser
 from psa_integrations.cli.models import MODELS, ModelSpec
+from psa_integrations.diffusers.adapter import Adapter
+from psa_integrations.diffusers.apply import ADAPTERS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -87,6 +89,17 @@ def test_links_lead_somewhere(page: str) -> None:
         if anchor and target.suffix == ".md":
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.M)
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+def test_adding_a_model_names_what_an_adapter_says_and_the_adapters_there_are() -> None:
+    text = (DOCS / "adding-a-model.md").read_text(encoding="utf-8")
+    members = [name for name in {*vars(Adapter), *Adapter.__annotations__} if not name.startswith("_")]
+    beside = Path(inspect.getfile(Adapter)).parent.glob("*.py")
+    files = [path.name for path in beside if "Adapter(Adapter):" in path.read_text(encoding="utf-8")]
+    assert len(files) == len(ADAPTERS)
+    for name in (*members, "ADAPTERS", *files):
+        assert f"`{name}`" in text, name
+    assert (ROOT / re.findall(r"psa presets schema > ([^`]*)`", text)[0]).is_file()
 
 
 def test_every_page_of_the_navigation_exists() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import psa_integrations
 from psa_config import load_presets
 from psa_integrations.cli import build_parser, demo, main
+from psa_integrations.cli.load import device_named
 from psa_integrations.cli.models import MODELS
 from psa_integrations.tiny_wan import build_random_pipeline
 
@@ -103,8 +104,10 @@ def test_a_lora_changes_the_video(weights: str, tmp_path: Path) -> None:
             "--weights must be a folder with a model_index.json",
         ),
         (["--steps", "5", "--preset", "psa_tail"], "tiny-wan/psa_tail, warmup_steps 5 and cooldown_steps 0, got 5"),
-        (["--device", "abacus"], "--device must be a device of torch such as cpu or cuda:0, got abacus"),
-        (["--device", "cuda:99"], "--device is cuda:99, and torch sees"),
+        *(
+            (["--device", name], "--device must be one that torch sees, cpu")
+            for name in ("abacus", "", "cuda:99", "cuda:200", "cuda:256", "xpu:99", "mps:99", "meta", "cpu:1")
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -120,6 +123,16 @@ def test_an_error_is_one_line_and_leaves_nothing(
     assert generate(weights, Path("video.mp4"), *arguments) == 1
     assert message in error_line(capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_devices_are_those_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name in ("cpu", "cpu:0", "cuda", "cuda:0", "cuda:1"):
+        assert device_named(name) == torch.device(name)
+    for name in ("cuda:2", "cuda:256", "xpu"):
+        with pytest.raises(ValueError, match=f"must be one that torch sees, cpu or cuda:0 or cuda:1, got {name}"):
+            device_named(name)
 
 
 @pytest.mark.parametrize("content", [b"no safetensors", None], ids=["damaged", "half of a pair"])
@@ -186,6 +199,10 @@ def test_wrong_usage_exits_with_two(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
+        ("--width", "abc", "must be a whole number, got 'abc'"),
+        ("--frames", "1.5", "must be a whole number, got '1.5'"),
+        ("--seed", "", "must be a whole number, got ''"),
+        ("--guidance", "high", "must be a number, got 'high'"),
         ("--guidance", "nan", "must be finite, got nan"),
         ("--guidance", "inf", "must be finite, got inf"),
         ("--seed", str(2**64), f"must fit 64 bits, got {2**64}"),
@@ -243,7 +260,7 @@ def test_demo_compares_and_writes_four_videos(weights: str, tmp_path: Path, caps
         (["--width", "8"], "--width and --height must be at least 12 to compare by SSIM, got 8 and 16"),
         (["--steps", "5"], "tiny-wan/psa_balanced, warmup_steps 5 and cooldown_steps 0, got 5"),
         (["--height", "18"], "--height must be a multiple of 4 for tiny-wan, got 18; the nearest are 16 and 20"),
-        (["--out", "taken"], "taken"),
+        (["--out", "taken"], "--out must be a folder or become one, got taken: File exists"),
         (["--out", "folders"], "--out must be a file, and folders/side_by_side.mp4 is a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

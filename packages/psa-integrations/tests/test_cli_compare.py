@@ -108,6 +108,8 @@ def test_the_default_preset_is_the_models(weights: str, tmp_path: Path) -> None:
         ([*PROMPT, "--steps", "5"], "warmup_steps 5 and cooldown_steps 0, got 5"),
         ([*PROMPT, "--out", "full"], "--out must be a new or an empty folder, and full is neither"),
         ([*PROMPT, "--out", "empty.txt"], "--out must be a new or an empty folder, and empty.txt is neither"),
+        ([*PROMPT, "--out", "/proc/x"], "--out must lie in a folder that can be written, got /proc/x: No such file"),
+        (["--prompt-file", "nope.txt"], "--prompt-file must be a file that can be read, got nope.txt: No such file"),
         ([*PROMPT, "--out", "nowhere/out"], "--out must lie in a folder that exists, got nowhere/out"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -215,7 +217,18 @@ def test_what_is_no_list_of_numbers_is_wrong_usage(text: str, capsys: pytest.Cap
     with pytest.raises(SystemExit) as exit_:
         build_parser().parse_args(["compare", f"--map-layers={text}"])
     assert exit_.value.code == 2
-    assert f"must be numbers from 0 with commas between them, got {text!r}" in capsys.readouterr().err
+    rule = "argument --map-layers: must be whole numbers from 0 on with commas or spaces between them"
+    assert f"{rule}, got {text!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["3,0,3"], ["0", "3"], ["3,", "0"], ["0, 3"]], ids=str)
+@pytest.mark.parametrize("option", ["--map-steps", "--lengths"])
+def test_lists_of_numbers_have_commas_or_spaces(words: list[str], option: str) -> None:
+    if option == "--map-steps":
+        assert build_parser().parse_args(["compare", option, *words]).map_steps == (0, 3)
+        return
+    words = [word.replace("0", "512") for word in words]
+    assert build_parser().parse_args(["bench", option, *words]).lengths == (3, 512)
 
 
 def test_places_are_spread_from_the_first_to_the_last() -> None:

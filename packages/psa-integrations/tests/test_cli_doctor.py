@@ -2,9 +2,11 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from psa_integrations.cli import doctor, main, selftest
 from psa_integrations.cli.doctor import PACKAGES, Finding
@@ -34,19 +36,53 @@ def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the torch implementation runs" in found["device"]["detail"]
     assert found["attention forward"]["detail"] == "torch_impl, plain torch"
     operators = [name for name in found if name.endswith(" float32")]
-    assert [name.split()[0] for name in operators] == [
+    assert [name.removesuffix(" float32") for name in operators] == [
         "pool_pyramid",
         "key_similarity",
         "block_importance",
+        "block_importance antidiagonal",
         "rank_levels",
         "LevelPlan",
         "pyramid_attention",
+        "pyramid_attention gradients",
+        "kmeans",
     ]
     assert all(found[name]["detail"].startswith("torch: within") for name in operators)
 
 
-@pytest.mark.parametrize("operator", ["pool_pyramid", "key_similarity", "block_importance", "pyramid_attention"])
-def test_an_operator_that_is_a_little_wrong_is_found(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+class Called(TorchDispatchMode):
+    """Notes which of the kernels' operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "psa_kernels":
+            self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_operator_that_is_registered_is_held_against_its_oracle() -> None:
+    with Called() as called:
+        assert not [check for check in selftest.check_operators(torch.device("cpu")) if check.problem]
+    assert called.names == set(torch.ops.psa_kernels)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "pool_pyramid",
+        "key_similarity",
+        "block_importance",
+        "block_importance antidiagonal",
+        "pyramid_attention",
+        "pyramid_attention gradients",
+        "kmeans",
+    ],
+)
+def test_an_operator_that_is_a_little_wrong_is_found(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = check.split()[0]
     right = getattr(selftest, operator)
 
     def wrong(*args: object, impl: str | None = None, **options: object) -> object:
@@ -55,11 +91,13 @@ def test_an_operator_that_is_a_little_wrong_is_found(operator: str, monkeypatch:
             return result
         if operator == "pool_pyramid":
             return SimpleNamespace(pooled=result.pooled * 1.001)
+        if operator == "kmeans":
+            return result._replace(centroids=result.centroids * 1.001)
         return (result[0] * 1.001, result[1]) if isinstance(result, tuple) else result * 1.001
 
     monkeypatch.setattr(selftest, operator, wrong)
     with pytest.raises(AssertionError, match="exceeds the budget"):
-        dict(selftest._checks(torch.device("cpu"), torch.float32))[operator]()
+        dict(selftest._checks(torch.device("cpu"), torch.float32))[check]()
 
 
 def test_what_fails_and_what_does_not_compile_is_said(
@@ -180,7 +218,7 @@ def test_every_transformer_that_can_be_served_is_looked_for(monkeypatch: pytest.
 
 def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "abacus"]) == 1
-    assert "--device must be a device of torch" in capsys.readouterr().err
+    assert "--device must be one that torch sees, cpu" in capsys.readouterr().err
 
 
 def test_the_packages_are_the_four() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from psa_integrations import apply_pyramid_sparse_attention
 from psa_integrations.cli import main
-from psa_integrations.cli.output import print_json
+from psa_integrations.cli.output import counted, print_json
 from psa_integrations.tiny_wan import build_random_pipeline
 
 SIZE = ["--frames", "4", "--width", "32", "--height", "16", "--steps", "7"]
@@ -65,6 +65,15 @@ def test_json_and_quiet(weights: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert report["density"] == pytest.approx(sum(report["density_per_step"]) / 7)
     assert report["density"] < 1
     assert set(report["versions"]) == {"psa_integrations", "torch", "diffusers", "transformers"}
+
+
+def test_one_is_not_several() -> None:
+    assert [counted(number, "frame") for number in (0, 1, 2, 1024)] == [
+        "0 frames",
+        "1 frame",
+        "2 frames",
+        "1,024 frames",
+    ]
 
 
 def test_what_json_cannot_say_is_null(capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,8 +147,9 @@ def test_files_of_prompts(file: Path, tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"--prompt-file must be UTF-8 text, and .*prompts\.txt is not"):
         read_prompts(file)
-    with pytest.raises(FileNotFoundError):
-        read_prompts(tmp_path / "nowhere.txt")
+    for path in (tmp_path / "nowhere.txt", tmp_path):
+        with pytest.raises(OSError, match=r"--prompt-file must be a file that can be read, got .*: "):
+            read_prompts(path)
 
 
 def test_prompt_and_file_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """`psa tune` on an untrained tiny model: what it measures, prints and writes, and what it refuses."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from psa_config import PyramidSparseAttention, load_presets
 from psa_integrations.cli import main
+from psa_integrations.cli.files import write_new
 from psa_integrations.tiny_wan import build_random_pipeline
 
 SIZE = ["--frames", "8", "--width", "32", "--height", "32", "--steps", "8", "--quiet"]
@@ -60,14 +62,38 @@ def test_writes_the_best_of_what_it_measured(
     assert video.is_file()
 
 
+def test_json_has_the_figures_as_numbers(
+    weights: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts.write_text("a red ring\n")
+    out = tmp_path / "mine.yaml"
+    assert tune(weights, prompts, out, "--json", "--videos", "1", "--frames", "4", "--steps", "6") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["out"], report["preset"]) == (str(out), "tiny-wan/tuned")
+    assert (report["target_density"], report["steps"], report["prompts"]) == (0.4, 6, ["a red ring"])
+    assert len(report["candidates"]) == 8
+    best = report["candidates"][0]
+    assert {name: report[name] for name in best} == best
+    assert list(best) == ["policy", "density", "attention_error", "psnr"]
+    assert all("psnr" not in candidate for candidate in report["candidates"][1:])
+    errors = [candidate["attention_error"] for candidate in report["candidates"]]
+    assert errors == sorted(errors)
+    figures = (
+        f"density {best['density']:.4f}, attention error {best['attention_error']:.4f}, PSNR {best['psnr']:.2f} dB"
+    )
+    assert figures in report["description"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--target-density", "0.01"], r"--target-density must be above 0.015625, .* and below 1, got 0.01"),
         (["--target-density", "1"], r"--target-density must be above .* got 1"),
-        (["--out", "preset.mp4"], r"--out must be a .yaml file in a folder that exists, got preset.mp4"),
-        (["--prompts", "nowhere.txt"], r".*nowhere.txt.*"),
-        (["--steps", "5"], r"--steps must be above the dense steps of tiny-wan/psa_quality.* got 5"),
+        (["--out", "preset.mp4"], r"--out must end in .yaml, got preset.mp4"),
+        (["--out", "nowhere/a.yaml"], r"--out must lie in a folder that exists, got nowhere/a.yaml"),
+        (["--out", "/proc/a.yaml"], r"--out must lie in a folder that can be written, got /proc/a.yaml: .*"),
+        (["--prompts", "nowhere.txt"], r"--prompts must be a file that can be read, got nowhere.txt: No such file .*"),
+        (["--steps", "5"], r"--steps must be above the dense steps of the presets that are tried.* got 5"),
         (["--width", "34"], r"--width must be a multiple of 4 for tiny-wan, got 34; the nearest are 32 and 36"),
         (["--height", "8"], r"--width and --height must be at least 12 to compare videos"),
     ],
@@ -78,6 +104,18 @@ def test_refuses_before_any_work(
     assert tune("no such weights", prompts, tmp_path / "mine.yaml", *more) == 1
     assert re.fullmatch(f"psa: error: {message}\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_a_file_that_is_there_stays(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mine.yaml"
+    out.write_text("mine")
+    message = f"--out must be a file that is not there yet, and {out} is left as it is"
+    assert tune("no such weights", prompts, out) == 1
+    assert capsys.readouterr().err == f"psa: error: {message}\n"
+    with pytest.raises(FileExistsError, match=re.escape(message)):  # made while videos were
+        write_new("tuned", out, "--out")
+    assert out.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml", "prompts.txt"]
 
 
 def test_refuses_an_empty_file_of_prompts(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Exactly the configured steps run dense, whatever the run looks like."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,35 @@ def test_a_run_after_one_that_failed_in_a_sparse_step(
         del block.ffn.forward
         assert sparse_steps.of_run(run, pipeline) == [1, 2]
         assert torch.equal(run(pipeline), expected)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_run_without_a_sparse_step_is_said_once(
+    build: Callable[[str], Any],
+    run: Callable[..., torch.Tensor],
+    make_preset: Callable[..., Preset],
+    sparse_steps: SparseSteps,
+    name: str,
+) -> None:
+    pipeline, preset = build(name), make_preset((0.25, 0.4, 0.6, 0.75), warmup_steps=1, cooldown_steps=1)
+    said = []
+    with apply_pyramid_sparse_attention(pipeline, preset), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for steps, sparse in ((3, [1]), (2, []), (1, [])):
+            assert sparse_steps.of_run(run, pipeline, steps=steps) == sparse
+            said.append([str(warning.message) for warning in caught if "is sparse" in str(warning.message)])
+    message = (
+        "pyramid sparse attention on transformer: no step of this run is sparse: its steps are 2, and test/test has "
+        "warmup_steps 1 and cooldown_steps 1"
+    )
+    assert said == [[], [message], [message]]
+
+
+def test_a_preset_that_is_dense_is_no_surprise(build: Callable[[str], Any], run: Callable[..., torch.Tensor]) -> None:
+    pipeline = build("wan21")
+    with apply_pyramid_sparse_attention(pipeline, "Wan2.1_1.3b/baseline"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="pyramid sparse attention")
+        run(pipeline, steps=1)
 
 
 def test_steps_count_over_both_transformers(

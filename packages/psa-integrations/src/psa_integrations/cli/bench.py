@@ -16,9 +16,10 @@ import psa_kernels
 from psa_config import Preset
 from psa_integrations.attention import sparse_attention
 from psa_integrations.build import find_preset, mask_policy, sparse_attention_of
+from psa_integrations.cli.arguments import Numbers, positive
 from psa_integrations.cli.load import DTYPES, device_named
-from psa_integrations.cli.models import MODELS
-from psa_integrations.cli.sample import positive
+from psa_integrations.cli.models import MODELS, presets_name
+from psa_integrations.cli.output import counted
 from psa_integrations.cli.selftest import check_operators
 from psa_integrations.cli.shapes import SHAPES, AttentionShape, grid_of
 from psa_integrations.cli.timing import at_length, break_even, measure
@@ -70,7 +71,7 @@ def add_parser(commands: Any) -> None:
         "attention, in one sparse step. Says from which length on a preset is faster. Before any timing the operators "
         "are held against the oracle.",
     )
-    parser.add_argument("--lengths", type=positive, nargs="+", metavar="TOKENS", help="default: to suit the device")
+    parser.add_argument("--lengths", action=Numbers, least=1, metavar="TOKENS", help="default: to suit the device")
     parser.add_argument("--heads", type=positive, help="default: those of the first preset's model")
     parser.add_argument("--head-dim", type=positive, help="default: that of the first preset's model")
     parser.add_argument("--preset", action="append", metavar="MODEL/PRESET", help="may be given more than once")
@@ -86,14 +87,14 @@ def run(options: argparse.Namespace) -> None:
     """Checks, times, prints."""
     device = device_named(options.device)
     on_gpu = device.type == "cuda"
-    presets = [find_preset(name) for name in options.preset or (GPU_PRESETS if on_gpu else CPU_PRESETS)]
+    presets = [_preset_named(name) for name in options.preset or (GPU_PRESETS if on_gpu else CPU_PRESETS)]
     for preset in presets:
         if sparse_attention_of(preset) is None:
             raise ValueError(f"--preset must be sparse, dense attention is timed anyway; got {_title(preset)}")
     shape = SHAPES.get(presets[0].model, AttentionShape(1, 8, 64))
     heads, head_dim = options.heads or shape.heads, options.head_dim or shape.head_dim
     dtype = DTYPES[options.dtype] if options.dtype else torch.bfloat16 if on_gpu else torch.float32
-    lengths = sorted(set(options.lengths or (GPU_LENGTHS if on_gpu else CPU_LENGTHS)))
+    lengths = options.lengths or (GPU_LENGTHS if on_gpu else CPU_LENGTHS)
     wrong = [check for check in check_operators(device) if check.problem]
     if wrong:
         raise RuntimeError(f"{wrong[0].operator} is wrong on {device}, so nothing is timed; see psa doctor")
@@ -116,21 +117,26 @@ def run(options: argparse.Namespace) -> None:
         timed = {"rows": [asdict(row) for row in rows], "forward": forward and asdict(forward)}
         print(json.dumps({**setup, **timed, "recommendations": advice}, indent=2))
         return
-    threads = "" if on_gpu else f", {torch.get_num_threads()} threads"
+    threads = "" if on_gpu else f", {counted(torch.get_num_threads(), 'thread')}"
     print(
         f"{_device_name(device)}{threads}, torch {torch.__version__}, psa-kernels {psa_kernels.__version__}: batch 1, "
-        f"{heads} heads of {head_dim}, {str(dtype).removeprefix('torch.')}, milliseconds"
+        f"{counted(heads, 'head')} of {head_dim}, {str(dtype).removeprefix('torch.')}, milliseconds"
     )
     print()
     print(table(rows))
     if forward is not None:
         print()
         print(
-            f"A forward of tiny-wan at {forward.tokens:,} tokens: dense {1000 * forward.dense:.0f} ms, psa_balanced "
-            f"{1000 * forward.sparse:.0f} ms at density {forward.density:.3f}."
+            f"A forward of tiny-wan at {counted(forward.tokens, 'token')}: dense {1000 * forward.dense:.0f} ms, "
+            f"psa_balanced {1000 * forward.sparse:.0f} ms at density {forward.density:.3f}."
         )
     print()
     print("\n".join(advice))
+
+
+def _preset_named(name: str) -> Preset:
+    model, slash, preset = name.partition("/")
+    return find_preset(f"{presets_name(model)}{slash}{preset}")
 
 
 def _title(preset: Preset) -> str:
@@ -248,11 +254,11 @@ def recommendations(rows: list[Row], presets: list[Preset]) -> Iterator[str]:
         sparse = [row.sparse[_title(preset)] for row in rows]
         last, first = break_even(lengths, dense, sparse)
         if first is None:
-            yield f"{_title(preset)}: dense is faster up to {last:,} tokens, the longest measured."
+            yield f"{_title(preset)}: dense is faster up to {counted(lengths[-1], 'token')}, the longest measured."
         elif last is None:
-            yield f"{_title(preset)}: faster than dense from {first:,} tokens on, the shortest measured."
+            yield f"{_title(preset)}: faster than dense from {counted(first, 'token')} on, the shortest measured."
         else:
-            yield f"{_title(preset)}: breaks even between {last:,} and {first:,} tokens."
+            yield f"{_title(preset)}: breaks even between {last:,} and {counted(first, 'token')}."
         for width, height, frames in _sizes(preset):
             tokens = grid_of(preset, width=width, height=height, frames=frames).seq_len
             if not lengths[0] / 2 <= tokens <= lengths[-1] * 2:
@@ -260,7 +266,7 @@ def recommendations(rows: list[Row], presets: list[Preset]) -> Iterator[str]:
             times = at_length(tokens, lengths, dense) / at_length(tokens, lengths, sparse)
             words = f"sparse is faster, x{times:.2f}" if times > 1 else f"dense is faster, x{1 / times:.2f}"
             beyond = "" if lengths[0] <= tokens <= lengths[-1] else ", beyond what was measured"
-            yield f"  {width}x{height}, {frames} frames ({tokens:,} tokens): {words}{beyond}"
+            yield f"  {width}x{height}, {counted(frames, 'frame')} ({counted(tokens, 'token')}): {words}{beyond}"
     yield (
         "Attention alone, in a sparse step, on made-up tokens; real ones have another density, and a run has dense "
         "steps and other work too."

@@ -13,8 +13,10 @@ from typing import Any
 from psa_config import DenseAttention, Preset, load_presets
 from psa_integrations.__about__ import __version__
 from psa_integrations.build import sparse_attention_of
+from psa_integrations.cli.arguments import Numbers
+from psa_integrations.cli.files import check_folder_of
 from psa_integrations.cli.load import load_model
-from psa_integrations.cli.models import MODELS, RunDefaults
+from psa_integrations.cli.models import MODELS, RunDefaults, command_name
 from psa_integrations.cli.output import print_json, set_up_logging
 from psa_integrations.cli.prompts import read_prompts
 from psa_integrations.cli.sample import StepClock, add_sampling_options, check_calls, check_run, chosen, sample
@@ -36,7 +38,7 @@ def add_parser(commands: Any) -> None:
         "with the same settings, and writes a folder: the videos, metrics.json, and report.html, which opens from "
         "disk and needs nothing else.",
     )
-    parser.add_argument("--model", choices=tuple(MODELS), default="tiny-wan")
+    parser.add_argument("--model", type=command_name, choices=tuple(MODELS), default="tiny-wan")
     parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 text, a prompt a line")
     parser.add_argument(
@@ -54,20 +56,13 @@ def add_parser(commands: Any) -> None:
     for name, count in _DEFAULT_MAPS.items():
         parser.add_argument(
             f"--map-{name}",
-            type=numbers,
-            metavar="N,N,...",
+            action=Numbers,
+            least=0,
+            metavar="N",
             help=f"{name} whose level maps to keep, from 0 (default: {count}, from the first to the last)",
         )
     add_sampling_options(parser)
     parser.set_defaults(run=run)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Parses numbers from 0 with commas between them, for argparse."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"[0-9]+", part) for part in parts):
-        raise argparse.ArgumentTypeError(f"must be numbers from 0 with commas between them, got {text!r}")
-    return tuple(sorted({int(part) for part in parts}))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -184,8 +179,7 @@ def _folder(out: Path) -> Iterator[Path]:
     """A new folder that gets the name `out` when all went well; else it is gone, unless it got another name before."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out must be a new or an empty folder, and {out} is neither")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out must lie in a folder that exists, got {out}")
+    check_folder_of(out, "--out")
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as staging:
         # One folder further in: a temporary folder is closed to other users.
         partial = Path(staging) / "report"

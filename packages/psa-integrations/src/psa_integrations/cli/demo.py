@@ -8,7 +8,7 @@ from typing import Any
 from psa_config import load_presets
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
-from psa_integrations.cli.output import print_json, set_up_logging, versions
+from psa_integrations.cli.output import counted, print_json, set_up_logging, versions
 from psa_integrations.cli.progress import Progress
 from psa_integrations.cli.sample import Result, add_sampling_options, check_run, chosen, sample, settings_report
 from psa_integrations.cli.video import SMALLEST_SIDE, check_output, psnr_and_ssim, side_by_side, write_video
@@ -50,7 +50,10 @@ def run(options: argparse.Namespace) -> None:
         )
     for preset in presets:
         check_run(preset, settings)
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out must be a folder or become one, got {options.out}: {error.strerror}") from error
     for name in _FILES:
         check_output(options.out / name)
     pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
@@ -73,8 +76,8 @@ def run(options: argparse.Namespace) -> None:
         print_json({**settings_of_all, "videos": videos, "side_by_side": together_at, "versions": versions()})
         return
     print(
-        f"{options.prompt!r}, seed {options.seed}: {settings.frames} frames of "
-        f"{settings.width}x{settings.height}, {settings.steps} steps"
+        f"{options.prompt!r}, seed {options.seed}: {counted(settings.frames, 'frame')} of "
+        f"{settings.width}x{settings.height}, {counted(settings.steps, 'step')}"
     )
     print(comparison_table(results, closeness))
     print(f"Videos: {', '.join(_FILES)} in {options.out}/")

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from psa_integrations.cli.load import device_named
+from psa_integrations.cli.output import counted
 from psa_integrations.cli.selftest import check_operators
 from psa_kernels import attention_kernels
 from psa_kernels.checks import MIN_CAPABILITY
@@ -112,8 +113,8 @@ def _version(name: str) -> str | None:
 
 def _device(device: torch.device) -> Iterator[Finding]:
     if device.type != "cuda":
-        threads = torch.get_num_threads()
-        yield Finding("device", "note", f"{device}, {threads} threads: the torch implementation runs, Triton does not")
+        threads = counted(torch.get_num_threads(), "thread")
+        yield Finding("device", "note", f"{device}, {threads}: the torch implementation runs, Triton does not")
         if shutil.which("nvidia-smi") and not torch.cuda.is_available():
             yield Finding(
                 "gpu",

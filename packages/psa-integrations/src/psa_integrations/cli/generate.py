@@ -8,8 +8,8 @@ import torch
 
 from psa_config import load_presets
 from psa_integrations.cli.load import load_model
-from psa_integrations.cli.models import MODELS
-from psa_integrations.cli.output import print_json, set_up_logging, versions
+from psa_integrations.cli.models import MODELS, command_name
+from psa_integrations.cli.output import counted, print_json, set_up_logging, versions
 from psa_integrations.cli.prompts import Share, numbered, read_prompts
 from psa_integrations.cli.sample import add_sampling_options, check_calls, check_run, chosen, sample, settings_report
 from psa_integrations.cli.video import check_output, write_video
@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
         help="generate a video from a prompt, or one of each line of a file",
         description="Generates a video. Size, frames, steps and guidance default to what suits the model.",
     )
-    parser.add_argument("--model", choices=tuple(MODELS), default="tiny-wan")
+    parser.add_argument("--model", type=command_name, choices=tuple(MODELS), default="tiny-wan")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt")
     prompts.add_argument(
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
             print_json(report)
         else:
             print(
-                f"{out}: {frames} frames of {width}x{height}, {preset.model}/{preset.name}, "
+                f"{out}: {counted(frames, 'frame')} of {width}x{height}, {preset.model}/{preset.name}, "
                 f"{result.seconds:.1f} s, density {result.density:.3f}",
                 flush=True,
             )

@@ -69,13 +69,14 @@ def device_named(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be a device of torch such as cpu or cuda:0, got {name}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name}, and torch sees {torch.cuda.device_count()} GPUs")
-    return device
+    seen = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        seen += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    # By name: an index has eight bits in torch, to which cuda:256 is the first GPU.
+    if name not in ("cpu:0", *seen) and f"{name}:0" not in seen:
+        raise ValueError(f"--device must be one that torch sees, {' or '.join(seen)}, got {name}")
+    return torch.device(name)
 
 
 def _load_diffusers(spec: ModelSpec, weights: Path | None, dtype: torch.dtype) -> Any:

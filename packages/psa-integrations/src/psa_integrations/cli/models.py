@@ -100,3 +100,13 @@ MODELS: dict[str, ModelSpec] = {
         ),
     )
 }
+
+
+def command_name(name: str) -> str:
+    """The name in MODELS of the model that psa_config calls `name`; any other name as it is."""
+    return next((spec.name for spec in MODELS.values() if spec.presets == name), name)
+
+
+def presets_name(name: str) -> str:
+    """The name in psa_config of the model that the commands call `name`; any other name as it is."""
+    return MODELS[name].presets if name in MODELS else name

@@ -1,4 +1,4 @@
-"""What a command prints besides its result: JSON for programs, a log for people who ask for it."""
+"""What commands print alike: JSON for programs, counts in words, a log for people who ask for it."""
 
 import json
 import logging
@@ -15,6 +15,11 @@ from psa_integrations.__about__ import __version__
 def print_json(report: Mapping[str, object]) -> None:
     """Prints a report on one line; what is infinite or not a number is null, as JSON has neither."""
     print(json.dumps(_finite(report), allow_nan=False))
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 frame`, `2 frames`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 import argparse
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from psa_config import Preset, load_presets
 from psa_config.commands import add_commands
 from psa_config.describe import describe
 from psa_integrations.build import sparse_attention_of
+from psa_integrations.cli.arguments import positive
 from psa_integrations.cli.estimate import estimate_density, run_density
-from psa_integrations.cli.models import MODELS
-from psa_integrations.cli.sample import positive
+from psa_integrations.cli.files import check_new_file
+from psa_integrations.cli.models import MODELS, presets_name
+from psa_integrations.cli.output import counted
 from psa_integrations.cli.shapes import SHAPES, grid_of
 
 _SIZE = ("width", "height", "frames")
@@ -23,6 +26,9 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("presets", help="list, explain, check and write presets")
     subcommands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_commands(subcommands)
+    for name, run in (("new", run_new), ("convert", run_convert)):
+        command = subcommands.choices[name]
+        command.set_defaults(run=partial(run, command.get_default("run")))
     show: argparse.ArgumentParser = subcommands.add_parser(
         "show", help="explain a preset in words, with its density and work at a size"
     )
@@ -34,11 +40,25 @@ def add_parser(commands: Any) -> None:
     show.set_defaults(run=run_show)
 
 
+def run_new(plain: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """psa-config's command, which is `plain`, for a file that can be made and either name of the model."""
+    options.model = presets_name(options.model)
+    if options.file is not None:
+        check_new_file(options.file, "file")
+    return plain(options)
+
+
+def run_convert(plain: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """psa-config's command, which is `plain`, for a file that can be made."""
+    if options.out is not None:
+        check_new_file(options.out, "--out")
+    return plain(options)
+
+
 def run_show(options: argparse.Namespace) -> int:
     """Prints the explanation."""
-    model = MODELS[options.model].presets if options.model in MODELS else options.model
-    preset = load_presets(options.presets).get(model, options.preset)
-    for line in _explanation(preset, options):
+    preset = load_presets(options.presets).get(presets_name(options.model), options.preset)
+    for line in list(_explanation(preset, options)):  # nothing of it where something is wrong
         print(textwrap.fill(line, 100, subsequent_indent="  ") if line else "")
     return 0
 
@@ -58,7 +78,7 @@ def _explanation(preset: Preset, options: argparse.Namespace) -> Iterator[str]:
     grid = grid_of(preset, width=width, height=height, frames=frames)
     text = f" and {grid.text} of text" if grid.text else ""
     yield (
-        f"At {width}x{height}, {frames} frames: {grid.seq_len:,} tokens "
+        f"At {width}x{height}, {counted(frames, 'frame')}: {counted(grid.seq_len, 'token')} "
         f"({grid.frames} x {grid.height} x {grid.width}{text})."
     )
     shape = SHAPES.get(preset.model)
@@ -81,7 +101,7 @@ def _explanation(preset: Preset, options: argparse.Namespace) -> Iterator[str]:
         dense = min(steps, attention.warmup_steps + attention.cooldown_steps)
         layers = None if shape is None else shape.layers
         run = run_density(attention, estimate.expected, steps=steps, layers=layers)
-        yield f"Density of {steps} steps, {dense} of them dense: about {run:.3f}."
+        yield f"Density of {counted(steps, 'step')}, {dense} of them dense: about {run:.3f}."
 
 
 def tera(flops: float) -> str:

@@ -15,6 +15,8 @@ def read_prompts(path: Path, option: str = "--prompt-file") -> list[str]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OSError(f"{option} must be a file that can be read, got {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} must be UTF-8 text, and {path} is not: {error}") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import torch
 
 from psa_config import Preset
 from psa_integrations.build import check_clusters, sparse_attention_of
+from psa_integrations.cli.arguments import finite, positive, seed
 from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
 from psa_integrations.cli.progress import Progress
@@ -71,30 +71,6 @@ class StepClock:
         return tuple(end - begin for begin, end in pairwise(self._times))
 
 
-def positive(text: str) -> int:
-    """Parses a positive integer for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def finite(text: str) -> float:
-    """Parses a finite number for argparse."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
-    return value
-
-
-def seed(text: str) -> int:
-    """Parses what torch takes as a seed, for argparse."""
-    value = int(text)
-    if not -(2**63) <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"must fit 64 bits, got {text}")
-    return value
-
-
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what to sample and where; those left out are None."""
     parser.add_argument("--seed", type=seed, default=0, help="of the initial noise (default 0)")
@@ -123,8 +99,13 @@ def chosen(options: argparse.Namespace, defaults: RunDefaults) -> RunDefaults:
     return RunDefaults(**{name: pick(name) for name in names})
 
 
-def check_run(preset: Preset, run: RunDefaults) -> None:
+def check_run(preset: Preset, run: RunDefaults, *, called: str | None = None) -> None:
     """What can be refused of a run before its model is loaded.
+
+    Args:
+        preset: of its model.
+        run: see `chosen`.
+        called: what errors call the preset; None is its model's name and its own.
 
     Raises:
         ValueError: a side of the videos is no multiple of the pixels of a token of the preset's model; a sparse preset
@@ -134,15 +115,16 @@ def check_run(preset: Preset, run: RunDefaults) -> None:
     sparse = sparse_attention_of(preset)
     if sparse is None:
         return
+    called = called or f"{preset.model}/{preset.name}"
     if sparse.warmup_steps + sparse.cooldown_steps >= run.steps:
         raise ValueError(
-            f"--steps must be above the dense steps of {preset.model}/{preset.name}, warmup_steps "
+            f"--steps must be above the dense steps of {called}, warmup_steps "
             f"{sparse.warmup_steps} and cooldown_steps {sparse.cooldown_steps}, got {run.steps}"
         )
     try:
         check_clusters(sparse, grid)
     except ValueError as error:
-        raise ValueError(f"{preset.model}/{preset.name}: {error}") from error
+        raise ValueError(f"{called}: {error}") from error
 
 
 def check_calls(

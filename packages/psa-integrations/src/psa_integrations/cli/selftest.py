@@ -1,16 +1,19 @@
-"""Every operator against its oracle, on the device that a run would use."""
+"""Every operator and its gradients against its oracle, on the device that a run would use."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from psa_kernels import (
     BlockLayout,
+    KMeans,
     LevelPlan,
     block_importance,
     key_similarity,
+    kmeans,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -18,7 +21,7 @@ from psa_kernels import (
 from psa_kernels import checks as kernel_checks
 from psa_kernels.testing import assert_within_error_budget, make_qkv, random_levels
 
-_LENGTH, _BLOCK, _LEVELS = 600, 64, 4  # the last block is short
+_LENGTH, _BLOCK, _LEVELS, _SAMPLES, _CLUSTERS = 600, 64, 4, 16, 40  # the last block is short
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ class OperatorCheck:
 
 
 def check_operators(device: torch.device) -> list[OperatorCheck]:
-    """Runs each operator as `impl=None` would, in float32 and on a GPU in bfloat16 too, against the oracle on the CPU.
+    """Runs each operator, and the gradients of attention, as `impl=None` would, against the oracle on the CPU.
 
-    Compiles what Triton has to. What goes wrong, whatever it is, is said in the results and not raised.
+    In float32, and on a GPU in bfloat16 too; compiles what Triton has to. What goes wrong, whatever it is, is said in
+    the results and not raised.
     """
     impl = kernel_checks.impl_to_run(kernel_checks.AUTO, device)
     found = []
@@ -61,8 +65,17 @@ def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Cal
     def similarity(x: Tensor, impl: str | None) -> Tensor:
         return key_similarity(x, block_kv=_BLOCK, num_levels=_LEVELS, impl=impl)
 
-    def importance(q: Tensor, k: Tensor, impl: str | None) -> Tensor:
-        return block_importance(q, k, block_q=_BLOCK, block_kv=_BLOCK, samples_q=16, samples_kv=16, impl=impl)
+    def importance(q: Tensor, k: Tensor, impl: str | None, method: str = "sampled") -> Tensor:
+        return block_importance(
+            q,
+            k,
+            block_q=_BLOCK,
+            block_kv=_BLOCK,
+            samples_q=_SAMPLES,
+            samples_kv=_SAMPLES,
+            method=method,
+            impl=impl,
+        )
 
     def attention(q: Tensor, k: Tensor, v: Tensor, at: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
         both = pyramid_attention(
@@ -91,12 +104,47 @@ def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Cal
         for out, ref64, rounded in zip(got, exact, low, strict=True):
             assert_within_error_budget(out, ref64, rounded, input_dtype=dtype)
 
+    def gradients(q: Tensor, k: Tensor, v: Tensor, at: Tensor, impl: str | None) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        with torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            results = attention(q, k, v, at, impl)
+            # The same gradients of the results in every precision.
+            given = [torch.randn(x.shape, generator=generator).to(dtype).to(x) for x in results]
+            return torch.autograd.grad(results, (q, k, v), given)
+
+    def check_gradients() -> None:
+        got = gradients(query.to(device), key.to(device), value.to(device), levels.to(device), None)
+        exact = gradients(query.double(), key.double(), value.double(), levels, "reference")
+        low = gradients(query, key, value, levels, "reference")
+        for gradient, ref64, rounded in zip(got, exact, low, strict=True):
+            assert_within_error_budget(gradient, ref64, rounded)
+
+    def check_kmeans() -> None:
+        # Small whole numbers, among which distances are exact, so that clusters are equal and not only alike.
+        drawn = torch.randint(-1, 2, key.shape, generator=torch.Generator().manual_seed(0))
+        start = drawn[:, :, :_CLUSTERS].float()
+
+        def cluster(x: Tensor, centroids: Tensor, impl: str | None) -> KMeans:
+            return kmeans(x, _CLUSTERS, centroids=centroids, num_iterations=1, impl=impl)
+
+        got = cluster(drawn.to(device, dtype), start.to(device), None)
+        exact = cluster(drawn.double(), start.double(), "reference")
+        low = cluster(drawn.to(dtype), start, "reference")
+        _assert_equal(got.assignments, exact.assignments)
+        _assert_equal(got.counts, exact.counts)
+        assert_within_error_budget(got.centroids, exact.centroids, low.centroids)
+
     yield "pool_pyramid", lambda: _check(pool, [key], device)
     yield "key_similarity", lambda: _check(similarity, [key], device)
     yield "block_importance", lambda: _check(importance, [query, key], device)
+    antidiagonal = partial(importance, method="antidiagonal")
+    yield "block_importance antidiagonal", lambda: _check(antidiagonal, [query, key], device)
     yield "rank_levels", check_rank
     yield "LevelPlan", check_plan
     yield "pyramid_attention", check_attention
+    yield "pyramid_attention gradients", check_gradients
+    yield "kmeans", check_kmeans
 
 
 def _check(operator: Callable[..., Tensor], inputs: list[Tensor], device: torch.device) -> None:

@@ -34,8 +34,21 @@ SHAPES: dict[str, AttentionShape] = {
 """By the model's name in psa_config."""
 
 
+_WAN = ("Wan2.1_1.3b", "Wan2.1_14b", "Wan2.2_A14B", "Wan2.2_5B")
+
+
+def _frames_of_tokens(preset: Preset, frames: int) -> int:
+    """How many frames of tokens diffusers' pipeline of the model makes for that many of video.
+
+    The first is encoded by itself. Of those that are too few for one more token the pipelines make nothing; those of
+    Wan go to the multiple below and one frame further, which may be more than was asked for.
+    """
+    taken = frames if preset.model in _WAN else frames - 1
+    return taken // preset.video_scale.depth_divisor + 1
+
+
 def grid_of(preset: Preset, *, width: int, height: int, frames: int) -> VideoGrid:
-    """The tokens of a video of this size, with the model's text in front.
+    """The tokens of a video of this size as the model's pipeline makes it, with the model's text in front.
 
     Raises:
         ValueError: a side is no multiple of the pixels of a token.
@@ -47,7 +60,7 @@ def grid_of(preset: Preset, *, width: int, height: int, frames: int) -> VideoGri
             nearest = f"the nearest are {below} and {below + divisor}" if below else f"the least is {divisor}"
             raise ValueError(f"--{name} must be a multiple of {divisor} for {preset.model}, got {value}; {nearest}")
     return VideoGrid(
-        frames=1 + -(-(frames - 1) // scale.depth_divisor),  # the first frame is encoded by itself
+        frames=_frames_of_tokens(preset, frames),
         height=height // scale.height_divisor,
         width=width // scale.width_divisor,
         text=preset.text_length,

@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,19 +20,21 @@ from torch.overrides import TorchFunctionMode
 from psa_config import Preset, PyramidSparseAttention, load_presets
 from psa_integrations.attention import sparse_attention
 from psa_integrations.build import mask_policy, sparse_attention_of, token_order
+from psa_integrations.cli.arguments import finite, positive
+from psa_integrations.cli.files import check_new_file, write_new
 from psa_integrations.cli.load import load_model
-from psa_integrations.cli.models import MODELS, RunDefaults
-from psa_integrations.cli.output import print_json, set_up_logging
+from psa_integrations.cli.models import MODELS, RunDefaults, command_name
+from psa_integrations.cli.output import counted, print_json, set_up_logging, versions
 from psa_integrations.cli.prompts import read_prompts
 from psa_integrations.cli.sample import (
     add_sampling_options,
     check_calls,
     check_run,
     chosen,
-    positive,
     run_pipeline,
     sample,
 )
+from psa_integrations.cli.shapes import grid_of
 from psa_integrations.cli.video import SMALLEST_SIDE, psnr_and_ssim
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
@@ -59,6 +61,8 @@ class _Candidate:
     order: TokenOrder | None
     logs: list[float] = field(default_factory=list)
     densities: list[float] = field(default_factory=list)
+    psnr: float | None = None
+    """Of its videos beside the dense ones, the mean; None where none was made."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dense: Tensor) -> None:
         """One self-attention ``[B, H, L, D]`` more, beside what dense attention gave."""
@@ -81,6 +85,11 @@ class _Candidate:
         """Executed, the mean."""
         return sum(self.densities) / len(self.densities)
 
+    def report(self) -> dict[str, object]:
+        """For JSON; a PSNR is there where videos were made."""
+        figures = {"policy": _name(self.preset), "density": self.density, "attention_error": self.error}
+        return figures if self.psnr is None else figures | {"psnr": self.psnr}
+
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand to what `add_subparsers` returned."""
@@ -91,8 +100,8 @@ def add_parser(commands: Any) -> None:
         "token orders gets wrong in its attention at one density, makes videos with the best few, and writes the one "
         "closest to dense as a preset file for `psa generate --presets`.",
     )
-    parser.add_argument("--model", choices=_MODELS, default="tiny-wan")
-    parser.add_argument("--target-density", type=float, required=True, help="executed over dense work, below 1")
+    parser.add_argument("--model", type=command_name, choices=_MODELS, default="tiny-wan")
+    parser.add_argument("--target-density", type=finite, required=True, help="executed over dense work, below 1")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a prompt a line")
     parser.add_argument("--out", type=Path, default=Path("preset.yaml"), metavar="FILE", help="default: preset.yaml")
     parser.add_argument("--videos", type=positive, default=2, help="candidates to make videos with (default 2)")
@@ -117,21 +126,17 @@ def run(options: argparse.Namespace) -> None:
             f"got {density:g}"
         )
     prompts = read_prompts(options.prompts, "--prompts")
-    if options.out.suffix != ".yaml" or not options.out.parent.is_dir() or options.out.is_dir():
-        raise ValueError(f"--out must be a .yaml file in a folder that exists, got {options.out}")
+    if options.out.suffix != ".yaml":
+        raise ValueError(f"--out must end in .yaml, got {options.out}")
+    check_new_file(options.out, "--out")
     settings = chosen(options, spec.defaults)
     if min(settings.width, settings.height) < SMALLEST_SIDE:
         raise ValueError(f"--width and --height must be at least {SMALLEST_SIDE} to compare videos")
-    check_run(base, settings)
+    check_run(base, settings, called="the presets that are tried")
 
     pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
     check_calls(pipeline, [base], prompts, options, settings)
-    scale = base.video_scale
-    grid = VideoGrid(
-        frames=(settings.frames - 1) // scale.depth_divisor + 1,
-        height=settings.height // scale.height_divisor,
-        width=settings.width // scale.width_divisor,
-    )
+    grid = grid_of(base, width=settings.width, height=settings.height, frames=settings.frames)
     candidates = list(_candidates(base, attention, density, grid))
     videos = []
     for prompt in prompts:
@@ -141,22 +146,35 @@ def run(options: argparse.Namespace) -> None:
         say(f"{_name(candidate.preset)}: attention error {candidate.error:.4f}, density {candidate.density:.4f}")
     candidates.sort(key=lambda candidate: candidate.error)
 
-    best: tuple[float, str, Preset] | None = None
-    for candidate in candidates[: options.videos]:
-        psnr = _mean_psnr(pipeline, candidate.preset, prompts, videos, options, settings)
-        say(f"{_name(candidate.preset)}: PSNR {psnr:.2f} dB")
-        if best is None or psnr > best[0]:
-            text = (
-                f"Tuned, prompts: {len(prompts)}, {settings.frames} frames of {settings.width}x{settings.height}, "
-                f"{settings.steps} steps: density {candidate.density:.4f}, attention error {candidate.error:.4f}, "
-                f"PSNR {psnr:.2f} dB."
-            )
-            best = psnr, text, candidate.preset
-    assert best is not None, "there are candidates, and at least one video is asked for"
-    _write(options.out, best[2], best[1])
+    tried = candidates[: options.videos]
+    for candidate in tried:
+        candidate.psnr = _mean_psnr(pipeline, candidate.preset, prompts, videos, options, settings)
+        say(f"{_name(candidate.preset)}: PSNR {candidate.psnr:.2f} dB")
+    best = max(tried, key=lambda candidate: candidate.psnr or 0.0)
+    text = (
+        f"Tuned, prompts: {len(prompts)}, {counted(settings.frames, 'frame')} of {settings.width}x{settings.height}, "
+        f"{counted(settings.steps, 'step')}: density {best.density:.4f}, attention error {best.error:.4f}, "
+        f"PSNR {best.psnr:.2f} dB."
+    )
+    _write(options.out, best.preset, text)
     if options.json:
-        print_json({"out": str(options.out), "policy": _name(best[2]), "description": best[1]})
-    say(f"{options.out}: {_name(best[2])}. {best[1]}")
+        report = {
+            "out": str(options.out),
+            "model": spec.name,
+            "preset": f"{best.preset.model}/{best.preset.name}",
+            **best.report(),
+            "description": text,
+            "target_density": density,
+            "prompts": prompts,
+            "negative_prompt": options.negative_prompt,
+            "seed": options.seed,
+            **asdict(settings),
+            "candidates": [candidate.report() for candidate in candidates],
+            "device": str(pipeline.device),
+            "versions": versions(),
+        }
+        print_json(report)
+    say(f"{options.out}: {_name(best.preset)}. {text}")
 
 
 def _nothing(text: str) -> None:
@@ -230,7 +248,7 @@ def _dense(
     with measure:
         video = run_pipeline(pipeline, prompt, options, settings, after_step)
     if not measure.calls:
-        raise RuntimeError(f"the model attended to no {length} tokens at once, so nothing can be measured")
+        raise RuntimeError(f"the model attended to no {counted(length, 'token')} at once, so nothing can be measured")
     return video
 
 
@@ -250,15 +268,16 @@ def _mean_psnr(
 
 
 def _write(path: Path, preset: Preset, description: str) -> None:
-    """Writes a preset file that was read back, under its name only when it is complete."""
+    """Makes the preset file, of a text that was read back."""
     attention = sparse_attention_of(preset)
     assert attention is not None
     described = attention.model_copy(update={"description": description})
     settings = described.model_dump(mode="json", exclude_defaults=True, by_alias=True) | {"type": "psa"}
     lines = [f"{preset.model}:", "  default_attention: tuned", "  attention_configs:", "    tuned:"]
     lines += [f"      {key}: {json.dumps(value)}" for key, value in settings.items()]  # JSON is YAML
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-        partial = Path(folder) / path.name
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        assert load_presets(partial).get(preset.model, "tuned").attention == described
-        partial.replace(path)
+    text = "\n".join(lines) + "\n"
+    with tempfile.TemporaryDirectory() as folder:
+        read = Path(folder) / path.name
+        read.write_text(text, encoding="utf-8")
+        assert load_presets(read).get(preset.model, "tuned").attention == described
+    write_new(text, path, "--out")

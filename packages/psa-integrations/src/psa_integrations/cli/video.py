@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from psa_integrations.cli.files import check_folder_of
+
 _log = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 12
@@ -20,16 +22,9 @@ def check_output(path: Path) -> None:
     """Raises ValueError or OSError, before any work, if no video can be written to `path`."""
     if path.suffix != ".mp4":
         raise ValueError(f"--out must end in .mp4, got {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out must lie in a folder that exists, got {path}")
+    check_folder_of(path, "--out")
     if path.is_dir():
         raise IsADirectoryError(f"--out must be a file, and {path} is a folder")
-    try:
-        # Permission bits do not tell of everything that keeps a file from being made.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"--out must lie in a folder that can be written, got {path}: {error.strerror}") from error
 
 
 def write_video(video: np.ndarray, path: Path, fps: int) -> None:

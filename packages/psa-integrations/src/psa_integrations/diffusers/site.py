@@ -122,6 +122,7 @@ class TransformerSite:
         self._checkpoint: Callable[..., Any] | None = None
         self._recomputing = False
         self._warned = False
+        self._warned_of_dense_run = False
         self._step: int | None = None
         self._last: Step | None = None
         self._current: SparseForward | None = None
@@ -374,13 +375,30 @@ class TransformerSite:
         return (), call
 
     def _follow(self, step: Step | None) -> None:
-        """Lets go of what a run has left behind when another one starts, with its dense steps too."""
+        """Lets go of what a run has left behind when another one starts, with its dense steps too, and looks at its
+        length."""
         last, self._last = self._last, step
         same_run = step is not None and last is not None and step.total == last.total and step.index >= last.index
         if not same_run:
             for forward in self._forwards.values():
                 if forward.clusters is not None:
                     forward.clusters.reset()
+        if step is not None and step.total is not None:
+            self._say_if_dense_throughout(step.total)
+
+    def _say_if_dense_throughout(self, steps: int) -> None:
+        """Warns, once, where the preset leaves no step of a run sparse."""
+        if self._sparse is None or self._warned_of_dense_run:
+            return
+        warmup, cooldown = self._sparse.warmup_steps, self._sparse.cooldown_steps
+        if steps > warmup + cooldown:
+            return
+        self._warned_of_dense_run = True
+        warnings.warn(
+            f"pyramid sparse attention on {self.name}: no step of this run is sparse: its steps are {steps}, and "
+            f"{self.preset.model}/{self.preset.name} has warmup_steps {warmup} and cooldown_steps {cooldown}",
+            stacklevel=2,
+        )
 
     def _begin_in_graph(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         """`_begin` where the whole transformer is compiled: one graph for dense steps, and one for sparse ones."""

@@ -1,0 +1,45 @@
+"""Files and folders that a command makes: refused before any work, under the name that the user gave."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def check_folder_of(path: Path, argument: str) -> None:
+    """Raises OSError if `path`, which `argument` gave, lies in no folder in which something can be made."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{argument} must lie in a folder that exists, got {path}")
+    try:
+        # Permission bits do not tell of everything that keeps a file from being made.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{argument} must lie in a folder that can be written, got {path}: {error.strerror}") from error
+
+
+def check_new_file(path: Path, argument: str) -> None:
+    """Raises OSError if `path`, which `argument` gave, is there already, or its folder cannot be written."""
+    if os.path.lexists(path):
+        raise _there_already(path, argument)
+    check_folder_of(path, argument)
+
+
+def write_new(text: str, path: Path, argument: str) -> None:
+    """Makes a text file, which is whole or absent.
+
+    Raises:
+        OSError: `path`, which `argument` gave, is there already, or cannot be written.
+    """
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.stem}-") as folder:
+        partial = Path(folder) / path.name
+        partial.write_text(text, encoding="utf-8")
+        try:
+            path.touch(exist_ok=False)  # takes the name, which no one else can then
+        except FileExistsError as error:
+            raise _there_already(path, argument) from error
+        partial.replace(path)
+
+
+def _there_already(path: Path, argument: str) -> FileExistsError:
+    return FileExistsError(f"{argument} must be a file that is not there yet, and {path} is left as it is")
