@@ -11,6 +11,7 @@ from psa_kernels import (
     BlockLayout,
     LevelPlan,
     block_importance,
+    checks,
     key_similarity,
     kmeans,
     pool_pyramid,
@@ -115,8 +116,9 @@ def attend(query=Q, key=K, value=V, levels=LEVELS, **options):
     return pyramid_attention(query, key, value, levels, **(ATTENTION | options))
 
 
-def importance(**options):
-    return block_importance(Q, K, **({"block_q": 32, "block_kv": 32, "samples_q": 8, "samples_kv": 8} | options))
+def importance(query=Q, **options):
+    sizes = {"block_q": 32, "block_kv": 32, "samples_q": 8, "samples_kv": 8}
+    return block_importance(query, query, **(sizes | options))
 
 
 def test_triton_asked_for_by_name_never_falls_back():
@@ -134,3 +136,37 @@ def test_triton_asked_for_by_name_never_falls_back():
 def test_triton_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="takes float16, bfloat16 or float32 with head_dim up to 256"):
         pyramid_attention(Q.double(), K.double(), V.double(), PLAN, **ATTENTION, impl="triton")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("query", lambda x: pyramid_attention(x, x, x, PLAN, **ATTENTION, impl="triton")),
+        ("query", lambda x: importance(query=x, impl="triton")),
+        ("query", lambda x: importance(query=x, method="antidiagonal", impl="triton")),
+        ("key", lambda x: key_similarity(x, block_kv=32, num_levels=2, impl="triton")),
+        ("x", lambda x: pool_pyramid(x, block_kv=32, num_levels=2, impl="triton")),
+        ("x", lambda x: kmeans(x, 2, impl="triton")),
+        ("scores", lambda x: rank_levels(x, [1], impl="triton")),
+    ],
+)
+def test_the_interpreter_refuses_bfloat16(argument, call):
+    rule = f"{argument} must be float16 or float32 with impl='triton' in Triton's interpreter.*got torch.bfloat16"
+    with pytest.raises(TypeError, match=rule):
+        call(Q.bfloat16())
+
+
+@pytest.mark.interpreter
+def test_an_open_choice_is_torch_for_bfloat16_in_the_interpreter(monkeypatch):
+    """As on a GPU whose kernels are interpreted: the CPU passes for one."""
+    monkeypatch.setattr(checks, "gpu_capability", lambda device: checks.MIN_CAPABILITY)
+    monkeypatch.setattr(checks, "resolve_impl", lambda impl, tensor: impl or checks.AUTO)
+    x = Q.bfloat16()
+    assert torch.equal(importance(query=x), importance(query=x, impl="torch"))
+
+
+def test_bfloat16_is_for_triton_where_nothing_is_interpreted(monkeypatch):
+    triton_device = pytest.importorskip("psa_kernels.triton_device", reason="Triton is not published for this platform")
+    monkeypatch.setattr(triton_device, "is_interpreted", lambda: False)
+    assert checks.impl_for_dtype("triton", True, "x", Q.bfloat16()) == "triton"

@@ -93,6 +93,33 @@ def impl_to_run(impl: str, device: torch.device) -> str:
     return "torch"
 
 
+def impl_for_dtype(impl: str, by_name: bool, name: str, x: Tensor) -> str:
+    """``impl``, or torch where that is Triton in its interpreter and ``x`` is bfloat16, whose bit patterns the
+    interpreter's ``tl.dot`` multiplies as integers.
+
+    Args:
+        impl: the implementation that is to run.
+        by_name: whether the caller asked for it, and so must not get another.
+        name: of the argument ``x``.
+
+    Raises:
+        TypeError: Triton was asked for by name.
+    """
+    if impl != "triton" or x.dtype != torch.bfloat16:
+        return impl
+    # Imported here because it imports Triton, which importing the package does without.
+    from psa_kernels.triton_device import is_interpreted
+
+    if not is_interpreted():
+        return impl
+    if by_name:
+        raise TypeError(
+            f"{name} must be float16 or float32 with impl='triton' in Triton's interpreter, which multiplies bfloat16 "
+            f"wrongly, got {x.dtype}; or use impl='torch'"
+        )
+    return "torch"
+
+
 def floating(name: str, x: Tensor) -> None:
     """``x`` is a tensor of a floating-point dtype that torch computes with."""
     if not isinstance(x, Tensor):
