@@ -1,7 +1,9 @@
 """The pages of docs/ tell the truth: code runs, commands parse, presets load, links lead somewhere."""
 
 import ast
+import importlib
 import inspect
+import pkgutil
 import re
 import shlex
 import textwrap
@@ -87,6 +89,15 @@ def test_links_lead_somewhere(page: str) -> None:
         if anchor and target.suffix == ".md":
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.M)
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("package", ["psa_kernels", "psa_masks", "psa_config", "psa_integrations"])
+def test_the_api_page_has_every_public_name(package: str) -> None:
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(rf"^::: {package}\.(\w+)$", page, flags=re.M))
+    assert listed >= set(importlib.import_module(package).__all__) - {"__version__"}
+    for name in listed:
+        pkgutil.resolve_name(f"{package}.{name}")
 
 
 def test_every_page_of_the_navigation_exists() -> None:
