@@ -26,6 +26,7 @@ ATTENTION = {"block_q": 32, "block_kv": 32}
 ONE_IS_7 = LEVELS + 6 * torch.eye(2, dtype=torch.int8)
 SCORES = torch.ones(4)
 WANTS_GRAD = Q.clone().requires_grad_()
+PYRAMID = pool_pyramid(K, block_kv=32, num_levels=2)
 PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
 
 
@@ -46,7 +47,14 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (TypeError, "levels must be an int8 tensor or a LevelPlan, got list", lambda: attend(levels=[1])),
         (TypeError, "levels must be int8, got torch.int64", lambda: attend(levels=LEVELS.long())),
         (ValueError, r"levels must have shape \[B, H, 2, 2\]", lambda: attend(levels=LEVELS[..., :1])),
-        (ValueError, r"for its \[B, H\] \[1, 2\]", lambda: attend(levels=LEVELS[:, :1])),
+        (ValueError, "^levels must have query's number of heads 2, got 1$", lambda: attend(levels=LEVELS[:, :1])),
+        (ValueError, "^levels must have query's batch size 1, got 2$",
+            lambda: attend(levels=LEVELS.repeat(2, 1, 1, 1))),
+        (ValueError, "^levels must be on query's device cpu, got meta$", lambda: attend(levels=LEVELS.to("meta"))),
+        (TypeError, "query must be a strided tensor, got layout torch.sparse_coo", lambda: attend(query=Q.to_sparse())),
+        (TypeError, "levels must be a strided tensor, got", lambda: attend(levels=LEVELS.to_sparse())),
+        (TypeError, "kv_lengths must be a strided tensor, got",
+            lambda: attend(kv_lengths=torch.tensor([40]).to_sparse())),
         (ValueError, r"levels must lie in 0..num_levels = 6, got values from 1 to 7", lambda: attend(levels=ONE_IS_7)),
         (ValueError, r"levels must lie in 0..num_levels", lambda: attend(levels=-LEVELS)),
         (ValueError, "plan's layout must be that of the call", lambda: attend(levels=PLAN, block_q=64)),
@@ -61,6 +69,10 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (ValueError, "impl must be one of 'triton', 'torch', 'reference', got 'cuda'", lambda: attend(impl="cuda")),
         (ValueError, "pool_pyramid has no backward pass", lambda: pool_pyramid(WANTS_GRAD, block_kv=32, num_levels=2)),
         (ValueError, "num_levels must be at most", lambda: pool_pyramid(K, block_kv=32, num_levels=7)),
+        (TypeError, "level must be an integer, got bool True", lambda: PYRAMID.counts(True)),
+        (TypeError, "level must be an integer, got str '1'", lambda: PYRAMID.level("1")),
+        (TypeError, "level must be an integer, got float 1.5", lambda: PYRAMID.level(1.5)),
+        (ValueError, "level must lie in 1..2, got 3", lambda: PYRAMID.level(3)),
         (ValueError, "power of two", lambda: key_similarity(K, block_kv=33, num_levels=2)),
         (ValueError, "samples_q must be at most block_q 32, got 33", lambda: importance(samples_q=33)),
         (ValueError, "samples_kv must be at least 1, got 0", lambda: importance(samples_kv=0)),

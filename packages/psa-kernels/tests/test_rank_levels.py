@@ -123,6 +123,11 @@ def test_float64_goes_to_torch_by_itself():
     assert rank_levels(near, [1]).tolist() == [0, 1]
 
 
+def test_a_count_of_more_than_64_bits_is_the_whole_row(backend):
+    scores = torch.ones(5, device=backend.device)
+    assert rank_levels(scores, [0, 2**70], impl=backend.impl).tolist() == [2] * 5
+
+
 def test_nothing_flows_back():
     scores = torch.rand(3, 8, requires_grad=True)
     assert not rank_levels(scores, [2]).requires_grad

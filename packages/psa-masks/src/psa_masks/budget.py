@@ -284,6 +284,7 @@ def _check_full(full: object, scores: Tensor) -> None:
     if not isinstance(full, Tensor) or full.dtype != torch.bool:
         kind = full.dtype if isinstance(full, Tensor) else type(full).__name__
         raise TypeError(f"full must be a bool tensor, got {kind}")
+    kernel_checks.strided("full", full)
     if full.ndim > 4 or any(n not in (1, size) for n, size in zip(full.shape[::-1], scores.shape[::-1], strict=False)):
         raise ValueError(f"full must broadcast to importance's {list(scores.shape)}, got {list(full.shape)}")
 

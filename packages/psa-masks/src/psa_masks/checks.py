@@ -105,8 +105,7 @@ def importance(value: object) -> Tensor:
     """A floating-point tensor whose last axis holds at least one KV block."""
     if not isinstance(value, Tensor):
         raise TypeError(f"importance must be a torch.Tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"importance must be floating point, got {value.dtype}")
+    kernel_checks.floating("importance", value)
     if value.ndim == 0 or value.shape[-1] == 0:
         raise ValueError(f"importance must have shape [..., num_kv_blocks >= 1], got {list(value.shape)}")
     return value
@@ -120,6 +119,7 @@ def num_blocks(value: object, importance: Tensor) -> Tensor | None:
     if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"num_blocks must be an int32 or int64 tensor or None, got {kind}")
+    kernel_checks.strided("num_blocks", value)
     if importance.ndim < 2 or tuple(value.shape) != (importance.shape[0],):
         raise ValueError(
             f"num_blocks must have shape [B] for importance [B, ..., num_kv_blocks] = {list(importance.shape)}, "
@@ -131,9 +131,11 @@ def num_blocks(value: object, importance: Tensor) -> Tensor | None:
 
 
 def levels(value: object, layout: BlockLayout | None = None) -> Tensor:
-    """An int8 tensor [B, H, num_q_blocks, num_kv_blocks]; with a layout, of its block counts."""
+    """An int8 tensor [B, H, num_q_blocks, num_kv_blocks]; with a layout, of its block counts. Its values are those of
+    the layout, or of the largest block."""
     if not isinstance(value, Tensor):
         raise TypeError(f"levels must be a torch.Tensor, got {type(value).__name__}")
+    kernel_checks.strided("levels", value)
     if value.dtype != torch.int8:
         raise TypeError(f"levels must be torch.int8, got {value.dtype}")
     if value.ndim != 4 or 0 in value.shape[2:]:
@@ -143,8 +145,7 @@ def levels(value: object, layout: BlockLayout | None = None) -> Tensor:
             f"levels must have the layout's {layout.num_q_blocks} x {layout.num_kv_blocks} blocks, "
             f"got {list(value.shape)}"
         )
-    if layout is not None:
-        kernel_checks.level_values(value, layout.num_levels)
+    kernel_checks.level_values(value, MAX_BOUNDS if layout is None else layout.num_levels)
     return value
 
 

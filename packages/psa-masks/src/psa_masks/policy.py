@@ -135,7 +135,7 @@ class MaskPolicy:
 
     def _checked_budget(self, coarsest: int) -> tuple[float, tuple[float, ...] | None]:
         """``density`` and ``errors`` of budget mode."""
-        if tuple(self.bounds):
+        if len(checks.sequence("bounds", self.bounds)):
             raise ValueError(f"bounds must not be given with mode 'budget', which goes by density, got {self.bounds!r}")
         checks.choice("share", self.share, ("head", "layer"))
         if self.density is None:

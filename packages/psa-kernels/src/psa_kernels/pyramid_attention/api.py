@@ -114,8 +114,8 @@ def _differ(layout: BlockLayout, other: BlockLayout) -> bool:
 
 
 def _check_heads(levels: Tensor, query: Tensor) -> None:
-    if levels.shape[:2] != query.shape[:2] or levels.device != query.device:
-        raise ValueError(
-            f"levels must be on query's device {query.device} for its [B, H] {list(query.shape[:2])}, "
-            f"got {levels.device} and {list(levels.shape[:2])}"
-        )
+    for name, of_levels, of_query in zip(("batch size", "number of heads"), levels.shape, query.shape, strict=False):
+        if of_levels != of_query:
+            raise ValueError(f"levels must have query's {name} {of_query}, got {of_levels}")
+    if levels.device != query.device:
+        raise ValueError(f"levels must be on query's device {query.device}, got {levels.device}")

@@ -8,6 +8,8 @@ from torch import Tensor
 from psa_kernels import checks
 from psa_kernels.rank_levels.ops import MAX_COUNTS, rank_levels_op
 
+_MAX_COUNT = 2**62
+
 
 def rank_levels(scores: Tensor, counts: Sequence[int] | Tensor, *, impl: str | None = None) -> Tensor:
     """Give the highest scores of each row level 1, the next level 2, and so on.
@@ -58,10 +60,12 @@ def _checked_counts(counts: object) -> list[int]:
         if count < before:
             raise ValueError(f"counts must not decrease from 0 on, got {count} after {before}")
         before = count
-    return list(counts)
+    # An operator's integers have 64 bits, and no row is as long as that.
+    return [count if count <= _MAX_COUNT else _MAX_COUNT for count in counts]
 
 
 def _check_sample_counts(counts: Tensor, scores: Tensor) -> None:
+    checks.strided("counts", counts)
     if counts.dtype != torch.int32:
         raise TypeError(f"counts must be int32 where they are a tensor, got {counts.dtype}")
     samples = scores.shape[0]
