@@ -55,6 +55,7 @@ def pyramid_attention(
         return_lse: also return the log-sum-exp of each query's logits.
         impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU of compute capability 8.0 or
             higher, torch elsewhere, with one warning on an older GPU. One asked for by name never falls back.
+            ``"reference"`` rounds logits to the dtype of its inputs: in float16 one above 65,504 gives inf or NaN.
 
     Returns:
         out ``[B, H, q_len, D]`` in query's dtype, and with ``return_lse`` lse ``[B, H, q_len]``, natural
