@@ -1,18 +1,21 @@
 """The pages of docs/ tell the truth: code runs, commands parse, presets load, links lead somewhere."""
 
 import ast
+import importlib
 import inspect
+import pkgutil
 import re
 import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import diffusers
 import pytest
 from lib.model_pages import page_of, with_facts
 
-from psa_config import load_presets
+from psa_config import PyramidSparseAttention, load_presets
 from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli import build_parser
 from psa_integrations.cli.models import MODELS, ModelSpec
@@ -100,6 +103,28 @@ def test_adding_a_model_names_what_an_adapter_says_and_the_adapters_there_are() 
     for name in (*members, "ADAPTERS", *files):
         assert f"`{name}`" in text, name
     assert (ROOT / re.findall(r"psa presets schema > ([^`]*)`", text)[0]).is_file()
+
+
+@pytest.mark.parametrize("package", ["psa_kernels", "psa_masks", "psa_config", "psa_integrations"])
+def test_the_api_page_has_every_public_name(package: str) -> None:
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(rf"^::: {package}\.(\w+)$", page, flags=re.M))
+    assert listed >= set(importlib.import_module(package).__all__) - {"__version__"}
+    for name in listed:
+        pkgutil.resolve_name(f"{package}.{name}")
+
+
+def test_every_setting_of_a_preset_is_named_to_those_who_come_from_the_reference() -> None:
+    page = (DOCS / "from-the-reference.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", page))))
+    assert named >= set(PyramidSparseAttention.model_fields)
+    assert named >= set(get_args(PyramidSparseAttention.model_fields["rearrange_method"].annotation))
+
+
+def test_every_mask_mode_is_among_those_to_choose_from() -> None:
+    page = (DOCS / "choosing-a-preset.md").read_text(encoding="utf-8")
+    modes = get_args(PyramidSparseAttention.model_fields["mask_mode"].annotation)
+    assert set(re.findall(r"^\| `(\w+)` \|", page, flags=re.M)) >= set(modes)
 
 
 def test_every_page_of_the_navigation_exists() -> None:

@@ -120,3 +120,22 @@ def test_mistakes_are_seen_all_the_same(load: Load, text: str, path: str, messag
     with pytest.raises(PresetError, match=rf":1:\d+: CogVideo_5b\.{path}: {message}") as caught:
         load(text)
     assert {problem.path.split(".")[1] for problem in caught.value.errors} == {path.split(".")[0]}
+
+
+def test_a_name_that_is_almost_a_shipped_one(problems: Problems) -> None:
+    (problem,) = problems(PUBLISHED.replace("CogVideo_5b", "CogVideo_5B"))
+    assert (problem.line, problem.column, problem.path) == (1, 1, "CogVideo_5B")
+    assert problem.message == (
+        'missing video_scale and text_length, which only a shipped model may leave out, did you mean "CogVideo_5b"?'
+    )
+    two = problems(dense("Tiny-Wan", "a", "b", more="text_length: 3, "))
+    assert [problem.message for problem in two] == [
+        'missing default_attention and video_scale, which only a shipped model may leave out, did you mean "tiny-wan"?'
+    ]
+
+
+def test_a_model_of_a_name_like_a_shipped_one_may_be_of_its_own(load: Load, problems: Problems) -> None:
+    geometry = f"video_scale: {SCALE}, text_length: 7, "
+    assert load(dense("CogVideo_5B", "a", more=geometry)).models == ("CogVideo_5B",)
+    (problem,) = problems(dense("CogVideo_5B", "a", more=geometry.replace("width_divisor: 8, ", "")))
+    assert problem.path == "CogVideo_5B.video_scale.width_divisor"

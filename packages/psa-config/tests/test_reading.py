@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from psa_config import DenseAttention, Preset, PresetBook, PresetError, PyramidSparseAttention, load_presets
+from psa_config import (
+    DenseAttention,
+    MaskRatios,
+    Preset,
+    PresetBook,
+    PresetError,
+    PyramidSparseAttention,
+    load_presets,
+)
 
 Load = Callable[[str], PresetBook]
 
@@ -195,3 +203,41 @@ def test_a_name_like_no_other_gets_no_guess() -> None:
     with pytest.raises(PresetError) as caught:
         load_presets().get("???")
     assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("model must be a str, got int 5", lambda: load_presets().get(5)),
+        ("model must be a str, got list", lambda: load_presets().presets(["tiny-wan"])),
+        ("preset must be a str, got int 3", lambda: load_presets().get("tiny-wan", 3)),
+        ("path must be a str, a path or None, got bytes b'x.yaml'", lambda: load_presets(b"x.yaml")),
+        ("path must be a str, a path or None, got int 5", lambda: load_presets(5)),
+    ],
+)
+def test_names_and_paths_of_another_type(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_a_path_that_no_file_can_have() -> None:
+    with pytest.raises(PresetError, match="cannot be read: embedded null"):
+        load_presets("a\0b.yaml")
+
+
+def test_lists_stand_for_tuples() -> None:
+    ratios = MaskRatios(**{"1": [0, 0.5], "2": [0.5, 1]})
+    assert ratios.bounds == (0.5, 1.0, 1.0, 1.0)
+    attention = PyramidSparseAttention(
+        type="psa",
+        use_rearrange=True,
+        block_size={"m": 128, "n": 64},
+        mask_ratios=ratios,
+        mask_mode="topk",
+        dense_layers=[0, 3],
+        tile_size=[1, 2, 4],
+    )
+    assert (attention.dense_layers, attention.tile_size) == ((0, 3), (1, 2, 4))
+    hash(attention)
+    with pytest.raises(ValidationError, match=r"dense_layers\.0"):
+        PyramidSparseAttention(**(attention.model_dump() | {"mask_ratios": ratios, "dense_layers": ["0"]}))

@@ -118,6 +118,7 @@ MISTAKES = [
     ),
     ("warmup_steps: 12", "tile_size: [2, ^0, 8]", f"{B}.tile_size[1]", "got 0, expected a whole number of 1 or more"),
     ("n: 64", "n: ^48", f"{B}.block_size.n", "got 48, expected 32, 64 or 128"),
+    ("n: 64", "n: ^64.0", f"{B}.block_size.n", "got 64.0, expected 32, 64 or 128"),
     ("n: 64", "n: ^16", f"{B}.block_size.n", "got 16, expected 32, 64 or 128"),
     ("m: 128", 'm: ^"128"', f"{B}.block_size.m", 'got "128", expected 32, 64 or 128'),
     ("tile_n: 32", "tile_n: ^true", f"{B}.block_size.tile_n", "got true, expected 32, 64 or 128"),
@@ -173,6 +174,17 @@ MISTAKES = [
     ),
     ("warmup_steps: 12", "samples: {q: ^0}", f"{B}.samples.q", "got 0, expected a whole number of 1 or more"),
     ("warmup_steps: 12", "seed: ^-3", f"{B}.seed", "got -3, expected a whole number of 0 or more"),
+    ("warmup_steps: 12", "warmup_steps: ^10.0", f"{B}.warmup_steps", "got 10.0, expected a whole number of 0 or more"),
+    (
+        "warmup_steps: 12",
+        "seed: ^99999999999999999999999",
+        f"{B}.seed",
+        "got 9{23}, expected a whole number of 0 or more and at most 9{18}",
+    ),
+    ("warmup_steps: 12", "samples: {q: ^1" + "0" * 100 + "}", f"{B}.samples.q", "got 10+…, expected .* at most 9{18}"),
+    ("warmup_steps: 12", "seed: ^-1" + "0" * 20, f"{B}.seed", "got -10{20}, expected a whole number of 0 or more"),
+    ("warmup_steps: 12", "min_full: ^1" + "0" * 400, f"{B}.min_full", "got 10+…, expected a number from 0 to 1"),
+    ("warmup_steps: 12", "seed: ^1" + "0" * 9000, f"{B}.seed", 'got "10+…", expected a whole number of 0 or more'),
     (
         "warmup_steps: 12",
         "min_full: ^6",
@@ -269,7 +281,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "path", "message"), MISTAKES, ids=[mistake[1] for mistake in MISTAKES])
+@pytest.mark.parametrize(("old", "new", "path", "message"), MISTAKES, ids=[mistake[1][:40] for mistake in MISTAKES])
 def test_one_mistake(problems: Problems, form: str, old: str, new: str, path: str, message: str) -> None:
     marked = form.replace(old, new, 1)
     before = marked[: marked.index("^")].split("\n")

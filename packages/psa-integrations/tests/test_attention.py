@@ -140,3 +140,22 @@ def test_antidiagonal_importance(impl: str | None, make_preset: MakePreset) -> N
     low = PyramidAttention(chosen, GRID, impl="reference")(query, key, value)
     assert_within_error_budget(out, exact, low)
     assert not torch.equal(out, PyramidAttention(make_preset(bounds), GRID, impl=impl)(query, key, value))
+
+
+@pytest.mark.parametrize("preset", ["tiny-wan/psa_balanced", "tiny-wan/baseline"])
+def test_tensors_and_steps_of_another_kind(preset: str) -> None:
+    attention = PyramidAttention(preset, GRID)
+    query, key, value = make_qkv(batch=2, q_len=GRID.seq_len)
+    with pytest.raises(TypeError, match="query must be a tensor, got ndarray"):
+        attention(*(x.numpy() for x in (query, key, value)))
+    with pytest.raises(TypeError, match="value must be a tensor, got list"):
+        attention(query, key, [value])
+    with pytest.raises(ValueError, match=r"query must have shape \[B, H, L, D\], got \[2, 189, 32\]"):
+        attention(query[:, 0], key[:, 0], value[:, 0])
+    for step, error, message in (
+        ("a", TypeError, "step must be an integer, got str 'a'"),
+        (1.0, TypeError, "step must be an integer, got float 1.0"),
+        (-1, ValueError, "step must be 0 or more, got -1"),
+    ):
+        with pytest.raises(error, match=message):
+            attention(query, key, value, step=step)

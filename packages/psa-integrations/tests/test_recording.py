@@ -96,3 +96,34 @@ def test_a_head_that_is_not_there_is_named(build: Build, run: Run, sparse: Prese
 def test_choices_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LevelRecorder(**{"layers": (0,), "steps": (0,), "heads": (0,)} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 0}, "layers must be a collection of integers, got int 0"),
+        ({"steps": "12"}, "steps must be a collection of integers, got str '12'"),
+        ({"heads": (0, 1.5)}, "a number of heads must be an integer, got float 1.5"),
+        ({"layers": [True]}, "a number of layers must be an integer, got bool True"),
+        ({"max_bytes": 1e6}, "max_bytes must be an integer, got float 1000000.0"),
+    ],
+)
+def test_choices_of_another_type_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        LevelRecorder(**{"layers": (0,), "steps": (0,), "heads": (0,)} | changes)
+
+
+def test_a_handle_refuses_arguments_of_another_type(build: Build, sparse: Preset) -> None:
+    with apply_pyramid_sparse_attention(build("wan21"), sparse) as handle:
+        with pytest.raises(TypeError, match=r"recorder must be a psa_integrations.LevelRecorder or None, got str"):
+            handle.record_levels("x")
+        for arguments, message in (
+            ((1.5,), "index must be an integer, got float 1.5"),
+            ((True,), "index must be an integer, got bool True"),
+            (("1",), "index must be an integer, got str '1'"),
+            ((1, 2.5), "total must be an integer, got float 2.5"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                handle.at_step(*arguments)
+        with pytest.raises(ValueError, match="transformer must be one of 'transformer', got 'transfomer'"):
+            handle.stats().density_per_step("transfomer")

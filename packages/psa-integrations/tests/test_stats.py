@@ -50,6 +50,17 @@ def test_transformers_are_kept_apart() -> None:
     assert stats.density == 0.375
 
 
+def test_a_transformer_that_is_not_there_is_named() -> None:
+    recorder = StatsRecorder(("transformer", "transformer_2"))
+    assert recorder.read().density_per_step("transformer_2") == {}
+    recorder.dense(("transformer", 0, 0))
+    stats = recorder.read()
+    assert stats.density_per_step("transformer_2") == {}
+    for read in (stats.density_per_step, stats.density_per_layer, stats.dense_steps, stats.dense_layers):
+        with pytest.raises(ValueError, match="transformer must be one of 'transformer', 'transformer_2', got 'transfo"):
+            read("transfomer")
+
+
 def test_nothing_executed() -> None:
     stats = StatsRecorder().read()
     assert stats == AttentionStats(())

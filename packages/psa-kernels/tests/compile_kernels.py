@@ -180,7 +180,9 @@ def main() -> None:
         groups = {"samples_q": 8, "samples_kv": 8, "method": "antidiagonal"}
         block_importance(query, key, **blocks, **groups, is_causal=is_causal, **options)
         for row_len, counts in ((50, [1, 5, 5]), (20_000, [9])):
-            rank_levels(torch.zeros(2, row_len, dtype=dtype), counts, impl="triton")
+            scores = torch.zeros(2, row_len, dtype=dtype)
+            rank_levels(scores, counts, impl="triton")
+            rank_levels(scores, torch.tensor([counts] * 2, dtype=torch.int32), impl="triton")
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
         if capability < 90 and not is_causal:
             continue  # code that others share; what it adds here is time

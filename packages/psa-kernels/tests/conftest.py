@@ -36,7 +36,7 @@ class Backend:
 
 
 TORCH = Backend("torch", "cpu", (torch.float32, torch.bfloat16, torch.float16))
-# bfloat16 `tl.dot` multiplies bit patterns in the interpreter, so it runs on the GPU only.
+# bfloat16 `tl.dot` multiplies bit patterns in the interpreter, so it is refused there.
 INTERPRETER = Backend("triton", "cpu", (torch.float32, torch.float16))
 GPU = Backend("triton", "cuda", (torch.float32, torch.bfloat16, torch.float16))
 

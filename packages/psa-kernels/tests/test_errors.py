@@ -11,6 +11,7 @@ from psa_kernels import (
     BlockLayout,
     LevelPlan,
     block_importance,
+    checks,
     key_similarity,
     kmeans,
     pool_pyramid,
@@ -26,6 +27,7 @@ ATTENTION = {"block_q": 32, "block_kv": 32}
 ONE_IS_7 = LEVELS + 6 * torch.eye(2, dtype=torch.int8)
 SCORES = torch.ones(4)
 WANTS_GRAD = Q.clone().requires_grad_()
+PYRAMID = pool_pyramid(K, block_kv=32, num_levels=2)
 PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
 
 
@@ -46,7 +48,14 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (TypeError, "levels must be an int8 tensor or a LevelPlan, got list", lambda: attend(levels=[1])),
         (TypeError, "levels must be int8, got torch.int64", lambda: attend(levels=LEVELS.long())),
         (ValueError, r"levels must have shape \[B, H, 2, 2\]", lambda: attend(levels=LEVELS[..., :1])),
-        (ValueError, r"for its \[B, H\] \[1, 2\]", lambda: attend(levels=LEVELS[:, :1])),
+        (ValueError, "^levels must have query's number of heads 2, got 1$", lambda: attend(levels=LEVELS[:, :1])),
+        (ValueError, "^levels must have query's batch size 1, got 2$",
+            lambda: attend(levels=LEVELS.repeat(2, 1, 1, 1))),
+        (ValueError, "^levels must be on query's device cpu, got meta$", lambda: attend(levels=LEVELS.to("meta"))),
+        (TypeError, "query must be a strided tensor, got layout torch.sparse_coo", lambda: attend(query=Q.to_sparse())),
+        (TypeError, "levels must be a strided tensor, got", lambda: attend(levels=LEVELS.to_sparse())),
+        (TypeError, "kv_lengths must be a strided tensor, got",
+            lambda: attend(kv_lengths=torch.tensor([40]).to_sparse())),
         (ValueError, r"levels must lie in 0..num_levels = 6, got values from 1 to 7", lambda: attend(levels=ONE_IS_7)),
         (ValueError, r"levels must lie in 0..num_levels", lambda: attend(levels=-LEVELS)),
         (ValueError, "plan's layout must be that of the call", lambda: attend(levels=PLAN, block_q=64)),
@@ -61,6 +70,10 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (ValueError, "impl must be one of 'triton', 'torch', 'reference', got 'cuda'", lambda: attend(impl="cuda")),
         (ValueError, "pool_pyramid has no backward pass", lambda: pool_pyramid(WANTS_GRAD, block_kv=32, num_levels=2)),
         (ValueError, "num_levels must be at most", lambda: pool_pyramid(K, block_kv=32, num_levels=7)),
+        (TypeError, "level must be an integer, got bool True", lambda: PYRAMID.counts(True)),
+        (TypeError, "level must be an integer, got str '1'", lambda: PYRAMID.level("1")),
+        (TypeError, "level must be an integer, got float 1.5", lambda: PYRAMID.level(1.5)),
+        (ValueError, "level must lie in 1..2, got 3", lambda: PYRAMID.level(3)),
         (ValueError, "power of two", lambda: key_similarity(K, block_kv=33, num_levels=2)),
         (ValueError, "samples_q must be at most block_q 32, got 33", lambda: importance(samples_q=33)),
         (ValueError, "samples_kv must be at least 1, got 0", lambda: importance(samples_kv=0)),
@@ -84,6 +97,16 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (TypeError, r"counts\[1\] must be an integer, got float 2.0", lambda: rank_levels(SCORES, [1, 2.0])),
         (ValueError, "counts must not decrease from 0 on, got 1 after 2", lambda: rank_levels(SCORES, [2, 1])),
         (ValueError, "counts must not decrease from 0 on, got -1 after 0", lambda: rank_levels(SCORES, [-1])),
+        (TypeError, "counts must be int32 where they are a tensor, got torch.int64",
+            lambda: rank_levels(SCORES[None], torch.ones(1, 1, dtype=torch.int64))),
+        (ValueError, r"counts must have shape \[1, 1 to 9\].*got \[2, 1\] with scores \[1, 4\]",
+            lambda: rank_levels(SCORES[None], torch.ones(2, 1, dtype=torch.int32))),
+        (ValueError, r"first axis of at least two, got \[4, 1\] with scores \[4\]",
+            lambda: rank_levels(SCORES, torch.ones(4, 1, dtype=torch.int32))),
+        (ValueError, "counts must be on scores' device cpu, got meta",
+            lambda: rank_levels(SCORES[None], torch.ones(1, 1, dtype=torch.int32, device="meta"))),
+        (ValueError, r"counts must not decrease from 0 on, got \[\[2, 1\]\]",
+            lambda: rank_levels(SCORES[None], torch.tensor([[2, 1]], dtype=torch.int32))),
         (ValueError, "impl must be one of 'triton'", lambda: rank_levels(SCORES, [1], impl="numpy")),
         (TypeError, "rank_levels takes float16.*got torch.float64",
             lambda: rank_levels(SCORES.double(), [1], impl="triton")),
@@ -116,8 +139,9 @@ def attend(query=Q, key=K, value=V, levels=LEVELS, **options):
     return pyramid_attention(query, key, value, levels, **(ATTENTION | options))
 
 
-def importance(**options):
-    return block_importance(Q, K, **({"block_q": 32, "block_kv": 32, "samples_q": 8, "samples_kv": 8} | options))
+def importance(query=Q, **options):
+    sizes = {"block_q": 32, "block_kv": 32, "samples_q": 8, "samples_kv": 8}
+    return block_importance(query, query, **(sizes | options))
 
 
 def test_triton_asked_for_by_name_never_falls_back():
@@ -135,3 +159,37 @@ def test_triton_asked_for_by_name_never_falls_back():
 def test_triton_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=f"takes float16, bfloat16 or float32 with head_dim up to {MAX_HEAD_DIM}"):
         pyramid_attention(Q.double(), K.double(), V.double(), PLAN, **ATTENTION, impl="triton")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("query", lambda x: pyramid_attention(x, x, x, PLAN, **ATTENTION, impl="triton")),
+        ("query", lambda x: importance(query=x, impl="triton")),
+        ("query", lambda x: importance(query=x, method="antidiagonal", impl="triton")),
+        ("key", lambda x: key_similarity(x, block_kv=32, num_levels=2, impl="triton")),
+        ("x", lambda x: pool_pyramid(x, block_kv=32, num_levels=2, impl="triton")),
+        ("x", lambda x: kmeans(x, 2, impl="triton")),
+        ("scores", lambda x: rank_levels(x, [1], impl="triton")),
+    ],
+)
+def test_the_interpreter_refuses_bfloat16(argument, call):
+    rule = f"{argument} must be float16 or float32 with impl='triton' in Triton's interpreter.*got torch.bfloat16"
+    with pytest.raises(TypeError, match=rule):
+        call(Q.bfloat16())
+
+
+@pytest.mark.interpreter
+def test_an_open_choice_is_torch_for_bfloat16_in_the_interpreter(monkeypatch):
+    """As on a GPU whose kernels are interpreted: the CPU passes for one."""
+    monkeypatch.setattr(checks, "gpu_capability", lambda device: checks.MIN_CAPABILITY)
+    monkeypatch.setattr(checks, "resolve_impl", lambda impl, tensor: impl or checks.AUTO)
+    x = Q.bfloat16()
+    assert torch.equal(importance(query=x), importance(query=x, impl="torch"))
+
+
+def test_bfloat16_is_for_triton_where_nothing_is_interpreted(monkeypatch):
+    triton_device = pytest.importorskip("psa_kernels.triton_device", reason="Triton is not published for this platform")
+    monkeypatch.setattr(triton_device, "is_interpreted", lambda: False)
+    assert checks.impl_for_dtype("triton", True, "x", Q.bfloat16()) == "triton"

@@ -31,7 +31,8 @@ def test_fakes_describe_the_results():
     ops = torch.ops.psa_kernels
     checks = ("test_schema", "test_faketensor")
     for op, args in (
-        (ops.rank_levels, (torch.zeros(2, 3, 5), [1, 4], "torch")),
+        (ops.rank_levels, (torch.zeros(2, 3, 5), [1, 4], None, "torch")),
+        (ops.rank_levels, (torch.zeros(2, 3, 5), [], torch.tensor([[1, 4], [0, 2]], dtype=torch.int32), "torch")),
         (ops.level_plan, (plan.to_levels(), 6, "torch")),
         (ops.pyramid_pool, (key, LENGTHS, 5, "torch")),
         (ops.key_similarity, (key, None, 32, 4, "torch")),
@@ -56,10 +57,11 @@ def pipeline(query, key, value, kv_lengths, impl=None):
     clusters = kmeans(key, 5, num_iterations=2, impl=impl)
     kept = scores.shape[-1] // 2
     levels = rank_levels(scores, [kept, kept, 2 * kept], impl=impl)
+    shorter = rank_levels(scores, torch.tensor([[kept], [1]], dtype=torch.int32), impl=impl)
     out, lse = pyramid_attention(query, key, value, levels, kv_lengths=kv_lengths, return_lse=True, **blocks)
     plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], block_q=32, block_kv=32), impl=impl)
     planned = pyramid_attention(query, key, value, plan, kv_lengths=kv_lengths, **blocks)
-    return out, lse, similarity, coarse, *clusters, planned, plan.density()
+    return out, lse, similarity, coarse, *clusters, planned, plan.density(), shorter
 
 
 def test_compiles_whole():

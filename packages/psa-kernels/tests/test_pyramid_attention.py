@@ -478,3 +478,11 @@ def test_heavy_query_blocks_start_first(triton_backend, heads, num_q_blocks, num
     share = ((plan.offsets.cpu().diff(dim=-1) * rows).sum(-1) / (40 * 128)).flatten()[order].view(-1, num_q_blocks)
     classes = (share.double() ** 0.25 * 32).clamp(max=31)
     assert (classes.diff(dim=-1) < 1).all()
+
+
+def test_only_the_oracle_overflows_in_float16():
+    """Logits of 40 * 40 * 64 are more than float16 holds, and the oracle's alone are of the dtype of its inputs."""
+    x, value = torch.full((1, 1, 16, 64), 40.0, dtype=torch.float16), torch.ones(1, 1, 16, 64, dtype=torch.float16)
+    levels = torch.ones(1, 1, 1, 1, dtype=torch.int8)
+    assert not pyramid_attention(x, x, value, levels, scale=1.0, impl="reference").isfinite().any()
+    assert torch.equal(pyramid_attention(x, x, value, levels, scale=1.0, impl="torch"), value)

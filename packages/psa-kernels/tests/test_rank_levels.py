@@ -52,6 +52,40 @@ def test_levels_are_those_of_a_stable_sort(backend):
     check()
 
 
+def test_samples_have_counts_of_their_own(backend):
+    """A batch of rows of the same length gets what each sample gets alone."""
+
+    @settings(max_examples=backend.examples // 2)
+    @given(
+        row_len=st.integers(1, 30),
+        data=st.data(),
+        dtype=st.sampled_from(backend.dtypes),
+        seed=st.integers(0, 2**32),
+    )
+    def check(row_len, data, dtype, seed):
+        middle = data.draw(st.lists(st.integers(1, 2), max_size=2))
+        num_counts = data.draw(st.sampled_from([1, 2, 9]))
+        lists = st.lists(st.integers(0, row_len + 5), min_size=num_counts, max_size=num_counts).map(sorted)
+        counts = data.draw(st.lists(lists, min_size=1, max_size=3))
+        scores = make_scores([len(counts), *middle, row_len], data.draw(st.sampled_from([0, 2])), seed)
+        scores = scores.to(backend.device, dtype)
+        levels = rank_levels(scores, torch.tensor(counts, dtype=torch.int32, device=backend.device), impl=backend.impl)
+        alone = [rank_levels(one, own, impl="reference") for one, own in zip(scores.cpu(), counts, strict=True)]
+        assert torch.equal(levels.cpu(), torch.stack(alone))
+        oracle = rank_levels(scores.cpu(), torch.tensor(counts, dtype=torch.int32), impl="reference")
+        assert torch.equal(oracle, torch.stack(alone))
+
+    check()
+
+
+def test_samples_of_long_rows_have_counts_of_their_own(backend):
+    scores = make_scores((2, 2, 9000), 3, seed=1).to(backend.device)
+    counts = [[1, 20, 9000], [0, 300, 300]]
+    levels = rank_levels(scores, torch.tensor(counts, dtype=torch.int32, device=backend.device), impl=backend.impl)
+    for sample in range(2):
+        assert torch.equal(levels[sample].cpu(), by_sorting(scores[sample], counts[sample]))
+
+
 @given(case=cases(), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
 def test_oracle_is_a_stable_sort(case, dtype):
     scores, counts = case[0].to(dtype), case[1]
@@ -87,6 +121,11 @@ def test_any_strides(backend):
 def test_float64_goes_to_torch_by_itself():
     near = torch.tensor([1.0, 1 + 2**-50], dtype=torch.float64)
     assert rank_levels(near, [1]).tolist() == [0, 1]
+
+
+def test_a_count_of_more_than_64_bits_is_the_whole_row(backend):
+    scores = torch.ones(5, device=backend.device)
+    assert rank_levels(scores, [0, 2**70], impl=backend.impl).tolist() == [2] * 5
 
 
 def test_nothing_flows_back():

@@ -201,7 +201,7 @@ def test_refuses_bounds(rule, bounds, error, message) -> None:
 
 @rules
 def test_refuses_importance(rule) -> None:
-    with pytest.raises(TypeError, match=r"importance must be floating point, got torch.int64"):
+    with pytest.raises(TypeError, match=r"importance must be float16, .* got torch.int64"):
         rule(torch.ones(4, dtype=torch.int64), [0.5])
     with pytest.raises(ValueError, match=r"importance must have shape .*, got \[2, 0\]"):
         rule(torch.ones(2, 0), [0.5])
@@ -213,3 +213,29 @@ def test_refuses_importance(rule) -> None:
 def test_refuses_min_full(min_full: float) -> None:
     with pytest.raises(ValueError, match=r"min_full must be in \[0, 1\]"):
         levels_by_threshold(torch.ones(4), [0.5], min_full=min_full)
+
+
+@rules
+@given(shape=shapes, blocks=st.tuples(*[st.integers(0, 40)] * 2), bounds=bound_lists, seed=seeds)
+def test_of_blocks_that_do_not_exist_nothing_counts(rule, shape, blocks, bounds, seed) -> None:
+    importance = torch.stack([scores(shape, seed), scores(shape, seed + 1)])
+    levels = rule(importance, bounds, num_blocks=torch.tensor(blocks))
+    for sample, existing in enumerate(blocks):
+        assert not levels[sample, ..., existing:].any()
+        if existing:
+            assert torch.equal(levels[sample, ..., :existing], rule(importance[sample, ..., :existing], bounds))
+
+
+@rules
+@pytest.mark.parametrize(
+    ("num_blocks", "error", "message"),
+    [
+        ([4], TypeError, "num_blocks must be an int32 or int64 tensor or None, got list"),
+        (torch.ones(2), TypeError, "num_blocks must be an int32 or int64 tensor or None, got torch.float32"),
+        (torch.tensor([4]), ValueError, r"num_blocks must have shape \[B\] for .*\[2, 4\], got \[1\]"),
+        (torch.ones(2, dtype=torch.int32, device="meta"), ValueError, "must be on importance's device cpu, got meta"),
+    ],
+)
+def test_refuses_num_blocks(rule, num_blocks, error, message) -> None:
+    with pytest.raises(error, match=message):
+        rule(torch.ones(2, 4), [0.5], num_blocks=num_blocks)

@@ -138,7 +138,8 @@ def test_antidiagonals_reach_the_scores(is_causal: bool) -> None:
     options = {"method": "antidiagonal", "reduction": "mean", "scale": 0.7, "kv_lengths": lengths}
     for changed, samples_q, samples_kv in ((policy, 4, 2), (replace(policy, samples_q=2, samples_kv=1), 2, 1)):
         importance = block_importance(query, key, samples_q=samples_q, samples_kv=samples_kv, **options, **sizes)
-        expected = keep_full(levels_by_quota(importance, (0.3, 0.6)), layout, diagonal=is_causal)
+        chosen = levels_by_quota(importance, (0.3, 0.6), num_blocks=torch.tensor([12, 6]))
+        expected = keep_full(chosen, layout, diagonal=is_causal)
         levels = changed(query, key, kv_lengths=lengths, scale=0.7)
         assert torch.equal(levels, layout.executed_levels(expected))
         assert torch.equal(replace(changed, seed=9)(query, key, kv_lengths=lengths, scale=0.7), levels)
@@ -213,6 +214,46 @@ def test_keys_past_the_length_do_not_matter() -> None:
     short = PAPER(query, key[:, :, :70])
     key[:, :, 70:] = 100.0
     assert torch.equal(PAPER(query, key, kv_lengths=torch.tensor([70]))[..., :5], short)
+
+
+@settings(max_examples=60)
+@given(
+    policy=policies().map(lambda policy: replace(policy, is_causal=False, diagonal=False)),
+    kv_len=st.integers(1, 70),
+    lengths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    seed=st.integers(0, 2**32),
+)
+def test_a_padded_sample_gets_the_levels_it_gets_alone(
+    policy: MaskPolicy, kv_len: int, lengths: tuple[int, int], seed: int
+) -> None:
+    query, key, _ = make_qkv(batch=2, q_len=30, kv_len=kv_len, head_dim=8, seed=seed)
+    lengths = min(lengths[0], kv_len), min(lengths[1], kv_len)
+    blocks = [-(-length // policy.block_kv) for length in lengths]
+    # What a few keys past a block cost may be more than a small density.
+    assume(policy.density is None or policy.skip == "drop" or policy.block_kv == 16)
+    assume(policy.density is None or policy.skip == "drop" or all(n % 16 == 0 for n in (*lengths, kv_len)))
+    together = policy(query, key, kv_lengths=torch.tensor(lengths))
+    for sample, (length, existing) in enumerate(zip(lengths, blocks, strict=True)):
+        one = slice(sample, sample + 1)
+        assert torch.equal(together[one, ..., :existing], policy(query[one], key[one, :, :length]))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        MaskPolicy(mode="quota", bounds=(0.25, 0.5), block_q=8, block_kv=8, samples_q=8, samples_kv=8),
+        MaskPolicy(mode="threshold", bounds=(0.5, 0.8), min_full=0.5, block_q=8, block_kv=8),
+        MaskPolicy(mode="budget", density=0.5, min_full=0.5, block_q=8, block_kv=8),
+    ],
+    ids=lambda policy: policy.mode,
+)
+def test_shares_are_of_the_blocks_that_exist(policy: MaskPolicy) -> None:
+    """17 of 64 keys are 3 of 8 blocks, so a quarter of them is one, and a half two."""
+    query, key, _ = make_qkv(batch=2, q_len=64, kv_len=64, head_dim=16)
+    levels = policy(query, key, kv_lengths=torch.tensor([64, 17]))
+    assert torch.equal(levels[1:, ..., :3], policy(query[1:], key[1:, :, :17]))
+    level_1 = (levels[1] == 1).sum(-1)
+    assert (level_1 == 1).all() if policy.mode == "quota" else (level_1 >= 2).all()
 
 
 def test_causal_map_is_what_is_executed() -> None:

@@ -86,9 +86,9 @@ def path_text(path: Path) -> str:
     return text
 
 
-def any_of(choices: Sequence[str]) -> str:
-    """The choices as `a, b or c`."""
-    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
+def any_of(choices: Sequence[str], last: str = "or") -> str:
+    """The choices as `a, b or c`, or with another word before the last one."""
+    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} {last} {choices[-1]}"
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

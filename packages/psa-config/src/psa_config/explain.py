@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pydantic_core import ErrorDetails
 
 from .errors import Path, Problem, any_of, closest, path_text, quote, unknown
-from .models import RULE_BROKEN, json_schema
+from .models import LARGEST, RULE_BROKEN, json_schema
 from .positions import Node, Position
 
 Schema = dict[str, Any]
@@ -40,7 +40,10 @@ def explain(error: ErrorDetails, root: Node, file: str) -> list[Problem]:
         return [_problem(file, spot, spot.key, _extra(str(spot.path[-1]), parent))]
     if spot.node is None:
         return [_problem(file, spot, spot.key, f"missing, expected {_expected(spot.schema)}")]
-    message = f"got {_describe(spot.node)}, expected {_expected(spot.schema)}{_hint(spot)}"
+    expected = _expected(spot.schema)
+    if spot.schema.get("maximum") == LARGEST and isinstance(spot.node.value, int) and spot.node.value > LARGEST:
+        expected += f" and at most {LARGEST}"
+    message = f"got {_describe(spot.node)}, expected {expected}{_hint(spot)}"
     return [_problem(file, spot, spot.node.position, message)]
 
 
@@ -106,7 +109,8 @@ def _expected(schema: Schema) -> str:
         case "integer" | "number" as kind:
             noun = "a whole number" if kind == "integer" else "a number"
             low, high = schema.get("minimum"), schema.get("maximum")
-            return f"{noun} of {low} or more" if high is None else f"{noun} from {low} to {high}"
+            # Nobody needs to be told of the largest number but who exceeds it.
+            return f"{noun} of {low} or more" if high in (None, LARGEST) else f"{noun} from {low} to {high}"
         case "array":
             length = schema.get("maxItems")
             items = _expected(schema["prefixItems"][0] if "prefixItems" in schema else schema["items"])
@@ -131,7 +135,7 @@ def _describe(node: Node) -> str:
 def _literal(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return quote(value) if isinstance(value, str) else str(value)
+    return quote(value) if isinstance(value, str) else quote(str(value))[1:-1]
 
 
 def _hint(spot: _Spot) -> str:

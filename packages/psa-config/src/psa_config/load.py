@@ -10,10 +10,12 @@ from types import MappingProxyType
 
 from pydantic import ValidationError
 
-from .errors import PresetError, Problem, path_text, quote, unknown
+from .errors import PresetError, Problem, any_of, closest, path_text, quote, unknown
 from .explain import explain
 from .models import PRESET_FILE, PRESETS, ModelPresets, Preset
 from .positions import Node, parse
+
+_OPTIONAL = ("default_attention", "video_scale", "text_length")  # of a shipped model
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class PresetBook:
 
         Raises:
             PresetError: if the book does not hold the model.
+            TypeError: if the name is no text.
         """
         return tuple(self._entry(model).attention_configs)
 
@@ -42,9 +45,10 @@ class PresetBook:
 
         Raises:
             PresetError: if the book does not hold the model, or the model not the preset.
+            TypeError: if a name is no text.
         """
         entry = self._entry(model)
-        name = entry.default_attention if preset is None else preset
+        name = entry.default_attention if preset is None else _name("preset", preset)
         if name not in entry.attention_configs:
             self._refuse(path_text((model,)), f"no preset {quote(name)}", name, self.presets(model))
         return Preset(
@@ -56,12 +60,18 @@ class PresetBook:
         )
 
     def _entry(self, model: str) -> ModelPresets:
-        if model not in self._entries:
+        if _name("model", model) not in self._entries:
             self._refuse("", f"no model {quote(model)}", model, self.models)
         return self._entries[model]
 
     def _refuse(self, path: str, what: str, name: str, known: tuple[str, ...]) -> None:
         raise PresetError([Problem(self.source, None, None, path, f"{what}, {unknown(name, known)}")])
+
+
+def _name(argument: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be a str, got {type(value).__name__} {value!r}")
+    return value
 
 
 def load_presets(path: str | os.PathLike[str] | None = None) -> PresetBook:
@@ -74,14 +84,17 @@ def load_presets(path: str | os.PathLike[str] | None = None) -> PresetBook:
 
     Raises:
         PresetError: with everything that is wrong with the file.
+        TypeError: if `path` is none.
     """
     if path is None:
         return _shipped()
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"path must be a str, a path or None, got {type(path).__name__} {path!r}")
     file = pathlib.Path(path)
     try:
         data = file.read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, ValueError) as error:  # a ValueError where the name holds a null character
+        reason = getattr(error, "strerror", None) or str(error)
         raise PresetError([Problem(str(file), None, None, "", f"cannot be read: {reason}")]) from error
     return PresetBook(str(file), MappingProxyType(_read(data, str(file), _shipped()._entries)))
 
@@ -103,11 +116,30 @@ def _read(data: bytes, file: str, shipped: Mapping[str, ModelPresets]) -> dict[s
     try:
         entries = PRESET_FILE.validate_python(_completed(node.plain(), shipped))
     except ValidationError as error:
+        misnamed: dict[str, list[str]] = {}
         for details in error.errors(include_url=False):
-            problems += explain(details, node, file)
+            model, field = [str(step) for step in details["loc"]] if len(details["loc"]) == 2 else ("", "")
+            if details["type"] == "missing" and field in _OPTIONAL and _meant(model, shipped) is not None:
+                misnamed.setdefault(model, []).append(field)
+            else:
+                problems += explain(details, node, file)
+        problems += [_misnamed(model, fields, node, shipped, file) for model, fields in misnamed.items()]
     if problems:
         raise PresetError(_once_each(problems))
     return entries
+
+
+def _meant(model: str, shipped: Mapping[str, ModelPresets]) -> str | None:
+    """The shipped model whose name is like this one without being it."""
+    return None if model in shipped else closest(model, shipped)
+
+
+def _misnamed(model: str, fields: list[str], root: Node, shipped: Mapping[str, ModelPresets], file: str) -> Problem:
+    """Of a model that leaves out what only shipped ones may, under a name that is almost one of theirs."""
+    assert isinstance(root.value, dict), "it has a model"
+    meant = quote(str(_meant(model, shipped)))
+    what = f"missing {any_of(fields, 'and')}, which only a shipped model may leave out, did you mean {meant}?"
+    return Problem(file, *root.value[model].key, path_text((model,)), what)
 
 
 def _completed(models: object, shipped: Mapping[str, ModelPresets]) -> object:

@@ -43,6 +43,16 @@ def _given(value: object) -> object:
     return value
 
 
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _whole(value: object) -> object:
+    if not isinstance(value, int):  # 64.0 is 64 to a Literal
+        raise ValueError("not a whole number")
+    return value
+
+
 def _never_null(schema: dict[str, Any]) -> None:
     del schema["default"]
     schema.update(schema.pop("anyOf")[0])
@@ -51,14 +61,22 @@ def _never_null(schema: dict[str, Any]) -> None:
 PRESETS = resources.files("psa_config") / "presets"
 """The shipped files: one a model, named after it."""
 
-BlockLength = Literal[32, 64, 128]
-Count = Annotated[int, Field(ge=0)]
-Size = Annotated[int, Field(ge=1)]
+LARGEST = 10**18 - 1
+"""The largest whole number of a file: eighteen digits, which always fit 64 bits."""
+
+BlockLength = Annotated[Literal[32, 64, 128], BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 OptionalSize = Annotated[Size | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)]
 OptionalShare = Annotated[Share | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)]
-OptionalRange = Annotated[tuple[Share, Share] | None, BeforeValidator(_given), Field(json_schema_extra=_never_null)]
+OptionalRange = Annotated[
+    tuple[Share, Share] | None,
+    BeforeValidator(_as_tuple),
+    BeforeValidator(_given),
+    Field(json_schema_extra=_never_null),
+]
 
 
 class VideoScale(_Form):
@@ -196,13 +214,15 @@ class PyramidSparseAttention(_Form):
     )
     warmup_steps: Count = Field(default=0, description="Dense denoising steps at the start.")
     cooldown_steps: Count = Field(default=0, description="Dense denoising steps at the end.")
-    dense_layers: tuple[Count, ...] = Field(default=(), description="Layers that stay dense, from 0.")
+    dense_layers: Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(), description="Layers that stay dense, from 0."
+    )
     rearrange_method: Literal["Gilbert", "Cube", "Semantic", "Hybrid"] = Field(
         default="Gilbert",
         description="Along a Hilbert-like curve (Gilbert), by cubes of tile_size (Cube), by k-means of queries and of "
         "keys in every layer (Semantic), or queries along the curve and keys by k-means (Hybrid).",
     )
-    tile_size: tuple[Size, Size, Size] = Field(
+    tile_size: Annotated[tuple[Size, Size, Size], BeforeValidator(_as_tuple)] = Field(
         default=(2, 8, 8), description="Frames, rows and columns of tokens in a cube."
     )
     cubes_along: Literal["Raster", "Gilbert"] = Field(

@@ -17,7 +17,8 @@ from .errors import Path, PresetError, Problem, path_text, quote
 MAX_DEPTH = 16
 MAX_VALUES = 100_000
 
-_INT = re.compile(r"[-+]?[0-9]{1,18}")
+_LONGEST_INT = 4000  # signs; int() refuses to read a few hundred more
+_INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INFINITY = re.compile(r"[-+]?\.(?:inf|Inf|INF)")
@@ -208,9 +209,8 @@ def resolve(text: str) -> Scalar:
     """What an unquoted scalar stands for."""
     if text in _WORDS:
         return _WORDS[text]
-    # Longer whole numbers go on as floats: int() refuses them beyond a few thousand digits.
     if _INT.fullmatch(text):
-        return int(text)
+        return int(text) if len(text) <= _LONGEST_INT else text
     if _FLOAT.fullmatch(text):
         return float(text)
     if _INFINITY.fullmatch(text):

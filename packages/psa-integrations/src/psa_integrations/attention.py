@@ -188,9 +188,14 @@ class PyramidAttention(nn.Module):
             [B, H, q_len, D] in the dtype of `value`, to which query and key are cast where they differ.
 
         Raises:
-            ValueError: if a grid was given and q_len or kv_len is not its number of tokens, or `impl` is
-                "triton" and the tensors are not on a GPU.
+            TypeError: if one of the three is no floating-point tensor, or `step` no integer.
+            ValueError: if one of the three has another shape, a grid was given and q_len or kv_len is not its number of
+                tokens, `step` is negative, or `impl` is "triton" and the tensors are not on a GPU.
         """
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            checks.sequence(name, tensor)
+        if step is not None and checks.integer("step", step) < 0:
+            raise ValueError(f"step must be 0 or more, got {step}")
         if self.grid is not None:
             for name, tensor in (("query", query), ("key", key)):
                 if tensor.shape[2] != self.grid.seq_len:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, stack
 
 from psa_integrations.stats import Key
+from psa_kernels import checks
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid
 
 
@@ -40,6 +41,7 @@ class LevelRecorder:
         max_bytes: of all maps together; those that would go beyond it are counted in `left_out`.
 
     Raises:
+        TypeError: if one of the first three is no collection of integers, or `max_bytes` is none.
         ValueError: if one of the first three is empty or negative, or `max_bytes` is below 1.
     """
 
@@ -47,10 +49,13 @@ class LevelRecorder:
         self, *, layers: Collection[int], steps: Collection[int], heads: Collection[int], max_bytes: int = 1 << 28
     ) -> None:
         for name, chosen in (("layers", layers), ("steps", steps), ("heads", heads)):
+            if isinstance(chosen, str | bytes) or not isinstance(chosen, Collection):
+                raise TypeError(f"{name} must be a collection of integers, got {type(chosen).__name__} {chosen!r}")
+            for number in chosen:
+                checks.integer(f"a number of {name}", number)
             if not chosen or min(chosen) < 0:
                 raise ValueError(f"{name} must hold at least one number, none negative, got {list(chosen)}")
-        if max_bytes < 1:
-            raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+        checks.positive_int("max_bytes", max_bytes)
         self.layers, self.steps = frozenset(layers), frozenset(steps)
         self.heads = tuple(sorted(set(heads)))
         self.max_bytes = max_bytes

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from psa_kernels import checks
+
 Key = tuple[str, int | None, int]
 
 
@@ -29,6 +31,8 @@ class AttentionStats:
     """Everything executed since the integration was applied, or since the last `reset_stats()`."""
 
     layers: tuple[LayerStats, ...]
+    transformers: tuple[str, ...] = ()
+    """The names of the transformers that are counted, those without a call too."""
 
     @property
     def calls(self) -> int:
@@ -46,11 +50,11 @@ class AttentionStats:
         return 1.0 - self.density
 
     def density_per_step(self, transformer: str = "transformer") -> dict[int | None, float]:
-        """Mean density of each step of one transformer."""
+        """Mean density of each step of one transformer; a ValueError where no transformer has that name."""
         return _grouped(self._of(transformer), "step")
 
     def density_per_layer(self, transformer: str = "transformer") -> dict[int | None, float]:
-        """Mean density of each layer of one transformer."""
+        """Mean density of each layer of one transformer; a ValueError where no transformer has that name."""
         return _grouped(self._of(transformer), "layer")
 
     def dense_steps(self, transformer: str = "transformer") -> list[int | None]:
@@ -75,13 +79,20 @@ class AttentionStats:
         }
 
     def _of(self, transformer: str) -> list[LayerStats]:
+        known = dict.fromkeys((*self.transformers, *(entry.transformer for entry in self.layers)))
+        if known:
+            checks.choice("transformer", transformer, list(known))
         return [entry for entry in self.layers if entry.transformer == transformer]
 
 
 class StatsRecorder:
-    """Adds up densities on the device they are on; only `read` brings them to the host."""
+    """Adds up densities on the device they are on; only `read` brings them to the host.
 
-    def __init__(self) -> None:
+    `transformers` are the names of those whose calls will be counted.
+    """
+
+    def __init__(self, transformers: tuple[str, ...] = ()) -> None:
+        self._transformers = transformers
         self._sparse: dict[Key, torch.Tensor] = {}
         self._calls: dict[Key, int] = {}
         self._dense_calls: dict[Key, int] = {}
@@ -112,7 +123,8 @@ class StatsRecorder:
                     dense_calls=self._dense_calls.get(key, 0),
                 )
                 for key, calls in self._calls.items()
-            )
+            ),
+            self._transformers,
         )
 
     def reset(self) -> None:

@@ -102,10 +102,44 @@ def impl_to_run(impl: str, device: torch.device) -> str:
     return "torch"
 
 
+def impl_for_dtype(impl: str, by_name: bool, name: str, x: Tensor) -> str:
+    """``impl``, or torch where that is Triton in its interpreter and ``x`` is bfloat16, whose bit patterns the
+    interpreter's ``tl.dot`` multiplies as integers.
+
+    Args:
+        impl: the implementation that is to run.
+        by_name: whether the caller asked for it, and so must not get another.
+        name: of the argument ``x``.
+
+    Raises:
+        TypeError: Triton was asked for by name.
+    """
+    if impl != "triton" or x.dtype != torch.bfloat16:
+        return impl
+    # Imported here because it imports Triton, which importing the package does without.
+    from psa_kernels.triton_device import is_interpreted
+
+    if not is_interpreted():
+        return impl
+    if by_name:
+        raise TypeError(
+            f"{name} must be float16 or float32 with impl='triton' in Triton's interpreter, which multiplies bfloat16 "
+            f"wrongly, got {x.dtype}; or use impl='torch'"
+        )
+    return "torch"
+
+
+def strided(name: str, x: Tensor) -> None:
+    """``x`` is a tensor whose elements all lie in memory, not one of torch's sparse or nested layouts."""
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {x.layout}")
+
+
 def floating(name: str, x: Tensor) -> None:
     """``x`` is a tensor of a floating-point dtype that torch computes with."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    strided(name, x)
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
@@ -148,6 +182,7 @@ def lengths(kv_lengths: Tensor | None, batch: int, device: torch.device) -> None
         return
     if not isinstance(kv_lengths, Tensor):
         raise TypeError(f"kv_lengths must be an integer tensor [B], got {type(kv_lengths).__name__}")
+    strided("kv_lengths", kv_lengths)
     if kv_lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"kv_lengths must be int32 or int64, got {kv_lengths.dtype}")
     if tuple(kv_lengths.shape) != (batch,):

@@ -99,6 +99,7 @@ def check_levels(levels: Tensor, layout: BlockLayout) -> None:
         raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
     if not isinstance(levels, Tensor):
         raise TypeError(f"levels must be an int8 tensor or a LevelPlan, got {type(levels).__name__}")
+    checks.strided("levels", levels)
     if levels.dtype != torch.int8:
         raise TypeError(f"levels must be int8, got {levels.dtype}")
     expected = (layout.num_q_blocks, layout.num_kv_blocks)

@@ -44,14 +44,16 @@ def register(
         The operator, to be called with positional arguments, ``impl`` last.
     """
     head, results = signature.split(" -> ")
-    name = head.partition("(")[0]
+    name, _, arguments = head.partition("(")
+    first = arguments.split(",")[0].split()[1]
     _LIBRARY.define(f"{head[:-1]}, str impl) -> {results}")
 
     def run(*args: Any) -> Any:
         # Precision is the implementation's own affair: statistics are float32 whatever surrounds the call.
-        device = args[0].device
-        with torch.autocast(device.type, enabled=False):
-            return implementation(package, checks.impl_to_run(args[-1], device), direction)(*args[:-1])
+        x, asked = args[0], args[-1]
+        impl = checks.impl_for_dtype(checks.impl_to_run(asked, x.device), asked != checks.AUTO, first, x)
+        with torch.autocast(x.device.type, enabled=False):
+            return implementation(package, impl, direction)(*args[:-1])
 
     def run_fake(*args: Any) -> Any:
         return fake(*args[:-1])

@@ -21,6 +21,11 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     raise ValueError(f"impl='triton' needs tensors on a GPU, got {tensor.device}; use impl='torch' or 'reference'")
 
 
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return bool(knobs.runtime.interpret)
+
+
 def shared_memory_limit(device: torch.device) -> int:
     """Bytes of shared memory a program may have on ``device``; the interpreter on the CPU has no limit of its own
     and is given that of an sm_90."""

@@ -13,6 +13,7 @@ from psa_kernels import checks as kernel_checks
 from psa_kernels.layout import existing_keys
 from psa_masks import checks
 from psa_masks.constraints import coarsest_level
+from psa_masks.levels import shares_of
 
 # Error of a block read at level 2, 3, .. over that of its mean: the root mean square over blocks of 64 in the attention
 # of the tiny video model (README). Pooling by 2 already makes half of it, as neighbouring keys differ.
@@ -78,7 +79,8 @@ def levels_by_budget(
         errors: c_h of levels 2..num_levels, in (0, 1], not decreasing; None is 0.5, 0.7, 0.8, .. with
             ``skip="mean"`` and 0.4 of these with ``"drop"``, from a trained model (README).
         share: ``"head"``, each head spends ``density``, or ``"layer"``, the heads of a sample share one budget.
-        min_full: at least ``ceil(num_kv_blocks * min_full)`` blocks of each row are level 1, at least one anyway.
+        min_full: at least ``ceil(num_kv_blocks * min_full)`` blocks of each row are level 1, at least one anyway; with
+            ``kv_lengths`` the share is of the blocks that exist.
         full: bool, broadcast to the map: pairs at level 1 whatever their score, paid for first.
         layout: the lengths and block sizes behind the map, for the work of short blocks. A causal one costs what
             ``layout.executed_levels`` leaves, and pairs at the diagonal are level 1.
@@ -100,7 +102,7 @@ def levels_by_budget(
     rate = checks.share("density", density)
     checks.choice("skip", skip, ("drop", "mean"))
     checks.choice("share", share, ("head", "layer"))
-    row_full = max(1, checks.share_of(scores.shape[-1], checks.real("min_full", min_full, 0.0, 1.0)))
+    row_full = checks.real("min_full", min_full, 0.0, 1.0)
     if layout is None and (skip == "mean" or kv_lengths is not None):
         what = "skip='mean'" if skip == "mean" else "kv_lengths"
         raise ValueError(f"layout must be given with {what}, as the work depends on its block_kv, got None")
@@ -114,7 +116,10 @@ def levels_by_budget(
 
     queries, keys, seen, crossing = _sizes(scores, layout, kv_lengths)
     ranked = scores.masked_fill(~seen, -1.0)
-    forced = rank_levels(ranked, [row_full], impl=impl) == 1
+    counts: list[int] | Tensor = [max(1, checks.share_of(scores.shape[-1], row_full))]
+    if kv_lengths is not None:
+        counts = shares_of((keys > 0).sum(-1).flatten(), [row_full])
+    forced = rank_levels(ranked, counts, impl=impl) == 1
     forced = (forced | crossing if full is None else forced | crossing | full) & seen
     free = seen & ~forced
 
@@ -279,6 +284,7 @@ def _check_full(full: object, scores: Tensor) -> None:
     if not isinstance(full, Tensor) or full.dtype != torch.bool:
         kind = full.dtype if isinstance(full, Tensor) else type(full).__name__
         raise TypeError(f"full must be a bool tensor, got {kind}")
+    kernel_checks.strided("full", full)
     if full.ndim > 4 or any(n not in (1, size) for n, size in zip(full.shape[::-1], scores.shape[::-1], strict=False)):
         raise ValueError(f"full must broadcast to importance's {list(scores.shape)}, got {list(full.shape)}")
 

@@ -12,6 +12,7 @@ from psa_kernels import BlockLayout
 from psa_kernels import checks as kernel_checks
 
 MAX_BOUNDS = 9  # as many levels as the largest block has
+ROUNDING = 2**-50  # what a share may be off by in binary, over itself
 
 
 def real(name: str, value: object, low: float, high: float) -> float:
@@ -104,17 +105,37 @@ def importance(value: object) -> Tensor:
     """A floating-point tensor whose last axis holds at least one KV block."""
     if not isinstance(value, Tensor):
         raise TypeError(f"importance must be a torch.Tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"importance must be floating point, got {value.dtype}")
+    kernel_checks.floating("importance", value)
     if value.ndim == 0 or value.shape[-1] == 0:
         raise ValueError(f"importance must have shape [..., num_kv_blocks >= 1], got {list(value.shape)}")
     return value
 
 
+def num_blocks(value: object, importance: Tensor) -> Tensor | None:
+    """``value``, None or an integer tensor [B] for ``importance`` [B, ..., num_kv_blocks], of at most as many blocks as
+    there are; nobody waits for its values."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"num_blocks must be an int32 or int64 tensor or None, got {kind}")
+    kernel_checks.strided("num_blocks", value)
+    if importance.ndim < 2 or tuple(value.shape) != (importance.shape[0],):
+        raise ValueError(
+            f"num_blocks must have shape [B] for importance [B, ..., num_kv_blocks] = {list(importance.shape)}, "
+            f"got {list(value.shape)}"
+        )
+    if value.device != importance.device:
+        raise ValueError(f"num_blocks must be on importance's device {importance.device}, got {value.device}")
+    return value.clamp(max=importance.shape[-1])
+
+
 def levels(value: object, layout: BlockLayout | None = None) -> Tensor:
-    """An int8 tensor [B, H, num_q_blocks, num_kv_blocks]; with a layout, of its block counts."""
+    """An int8 tensor [B, H, num_q_blocks, num_kv_blocks]; with a layout, of its block counts. Its values are those of
+    the layout, or of the largest block."""
     if not isinstance(value, Tensor):
         raise TypeError(f"levels must be a torch.Tensor, got {type(value).__name__}")
+    kernel_checks.strided("levels", value)
     if value.dtype != torch.int8:
         raise TypeError(f"levels must be torch.int8, got {value.dtype}")
     if value.ndim != 4 or 0 in value.shape[2:]:
@@ -124,8 +145,7 @@ def levels(value: object, layout: BlockLayout | None = None) -> Tensor:
             f"levels must have the layout's {layout.num_q_blocks} x {layout.num_kv_blocks} blocks, "
             f"got {list(value.shape)}"
         )
-    if layout is not None:
-        kernel_checks.level_values(value, layout.num_levels)
+    kernel_checks.level_values(value, MAX_BOUNDS if layout is None else layout.num_levels)
     return value
 
 
@@ -140,4 +160,4 @@ def share_of(count: int, share: float) -> int:
 
     0.07 * 100 is 7.000000000000001 in floating point; seven blocks were asked for, not eight.
     """
-    return math.ceil(count * share * (1 - 2**-50))
+    return math.ceil(count * share * (1 - ROUNDING))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psa_kernels import BlockLayout
+from psa_kernels import checks as kernel_checks
 from psa_masks import checks
 
 
@@ -37,6 +38,7 @@ def cap_by_similarity(levels: Tensor, similarity: Tensor, thresholds: Sequence[f
     if not isinstance(similarity, Tensor) or similarity.dtype not in (torch.float32, torch.float64):
         kind = similarity.dtype if isinstance(similarity, Tensor) else type(similarity).__name__
         raise TypeError(f"similarity must be a float32 or float64 tensor, got {kind}")
+    kernel_checks.strided("similarity", similarity)
     batch, heads, _, num_kv_blocks = levels.shape
     shape = tuple(similarity.shape)
     if len(shape) != 4 or shape[0] != batch or shape[2] != num_kv_blocks or shape[3] < len(limits):
@@ -92,6 +94,7 @@ def keep_full(
     for start, stop in ranges:
         if stop > layout.kv_len:
             raise ValueError(f"protected ranges must end by kv_len {layout.kv_len}, got {(start, stop)}")
+    checks.boolean("diagonal", diagonal)
     sink_blocks = _blocks(0, checks.integer("sinks", sinks, 0), layout.block_kv)
 
     full = levels.clone()

@@ -18,7 +18,7 @@ class VideoGrid:
         text_first: the text stands before the video instead of after it.
 
     Raises:
-        TypeError, ValueError: a size is no int or too small.
+        TypeError, ValueError: a size is no int or too small, or ``text_first`` is no bool.
     """
 
     frames: int
@@ -30,6 +30,7 @@ class VideoGrid:
     def __post_init__(self) -> None:
         for name, low in (("frames", 1), ("height", 1), ("width", 1), ("text", 0)):
             checks.integer(name, getattr(self, name), low)
+        checks.boolean("text_first", self.text_first)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -10,7 +10,9 @@ from psa_kernels import rank_levels
 from psa_masks import checks
 
 
-def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full: float = 0.0) -> Tensor:
+def levels_by_threshold(
+    importance: Tensor, bounds: Sequence[float], *, min_full: float = 0.0, num_blocks: Tensor | None = None
+) -> Tensor:
     """Give the most important blocks of a row the finest levels, up to shares of the row's importance.
 
     The blocks of a row are taken in order of falling score (equal scores: the earlier block first) and their
@@ -28,6 +30,9 @@ def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full
         bounds: cumulative upper ends tau_1 .. tau_H of levels 1..H, 1 to 9 numbers in [0, 1] that do not
             decrease. A level whose bound equals the one before it has an empty range.
         min_full: at least ``ceil(num_kv_blocks * min_full)`` blocks of each row are level 1, in [0, 1].
+        num_blocks: int32 or int64 ``[B]``, where importance is ``[B, ..., num_kv_blocks]``: how many KV blocks of each
+            sample exist, at most all; it gets the levels that it would get alone, and blocks past them are 0. None is
+            all.
 
     Returns:
         int8, shaped like ``importance``, on its device: 0 skipped, h in 1..H level h.
@@ -40,9 +45,15 @@ def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full
     """
     scores = checks.importance(importance)
     ends = checks.bounds(bounds)
-    full = max(1, checks.share_of(scores.shape[-1], checks.real("min_full", min_full, 0.0, 1.0)))
+    least = checks.real("min_full", min_full, 0.0, 1.0)
+    num_blocks = checks.num_blocks(num_blocks, scores)
+    scores = scores.float()
+    exists = None
+    if num_blocks is not None:
+        exists = existing(num_blocks, scores)
+        scores = scores.masked_fill(~exists, 0.0)
 
-    ordered, blocks = scores.float().sort(dim=-1, descending=True, stable=True)
+    ordered, blocks = scores.sort(dim=-1, descending=True, stable=True)
     # Summed after sorting, so that the same scores in another order give the same shares to the last bit.
     running = ordered.cumsum(dim=-1)
     total = running[..., -1:]
@@ -54,12 +65,19 @@ def levels_by_threshold(importance: Tensor, bounds: Sequence[float], *, min_full
         kept = before < limit
         by_rank += ~kept
     by_rank = torch.where(kept, by_rank, 0)
-    by_rank[..., :full] = 1
+    if num_blocks is None:
+        by_rank[..., : max(1, checks.share_of(scores.shape[-1], least))] = 1
+    else:
+        full = shares_of(num_blocks, [least]).view(-1, *[1] * (scores.ndim - 1))
+        by_rank = torch.where(torch.arange(scores.shape[-1], device=scores.device) < full, 1, by_rank)
     by_rank = torch.where(total > 0, by_rank, 1)
-    return torch.empty_like(by_rank).scatter_(-1, blocks, by_rank)
+    levels = torch.empty_like(by_rank).scatter_(-1, blocks, by_rank)
+    return levels if exists is None else levels.masked_fill(~exists, 0)
 
 
-def levels_by_quota(importance: Tensor, bounds: Sequence[float], *, impl: str | None = None) -> Tensor:
+def levels_by_quota(
+    importance: Tensor, bounds: Sequence[float], *, num_blocks: Tensor | None = None, impl: str | None = None
+) -> Tensor:
     """Give the most important blocks of a row the finest levels, up to shares of the number of blocks.
 
     In every row the ``ceil(num_kv_blocks * tau_1)`` blocks of highest score (equal scores: the earlier
@@ -70,6 +88,9 @@ def levels_by_quota(importance: Tensor, bounds: Sequence[float], *, impl: str | 
         importance: floating point ``[..., num_kv_blocks]``; only its order within a row matters.
         bounds: cumulative shares tau_1 .. tau_H of the KV blocks, 1 to 9 numbers in [0, 1] that do not
             decrease. A level whose bound equals the one before it gets no block.
+        num_blocks: int32 or int64 ``[B]``, where importance is ``[B, ..., num_kv_blocks]``: how many KV blocks of each
+            sample exist, at most all; it gets the levels that it would get alone, and blocks past them are 0. None is
+            all.
         impl: of ``psa_kernels.rank_levels``; None picks by device.
 
     Returns:
@@ -81,6 +102,22 @@ def levels_by_quota(importance: Tensor, bounds: Sequence[float], *, impl: str | 
     The quantile rule of Pyramid Sparse Attention (arXiv 2512.04025), with counts rounded up.
     """
     scores = checks.importance(importance)
-    num_blocks = scores.shape[-1]
-    counts = [max(1, checks.share_of(num_blocks, end)) for end in checks.bounds(bounds)]
-    return rank_levels(scores, counts, impl=impl)
+    ends = checks.bounds(bounds)
+    num_blocks = checks.num_blocks(num_blocks, scores)
+    if num_blocks is None:
+        return rank_levels(scores, [max(1, checks.share_of(scores.shape[-1], end)) for end in ends], impl=impl)
+    exists = existing(num_blocks, scores)
+    ranked = scores.masked_fill(~exists, -math.inf)
+    return rank_levels(ranked, shares_of(num_blocks, ends), impl=impl).masked_fill(~exists, 0)
+
+
+def existing(num_blocks: Tensor, importance: Tensor) -> Tensor:
+    """bool ``[B, 1, .., num_kv_blocks]``: which KV blocks exist, of ``num_blocks`` ``[B]`` in each sample."""
+    position = torch.arange(importance.shape[-1], device=importance.device)
+    return position < num_blocks.view(-1, *[1] * (importance.ndim - 1))
+
+
+def shares_of(num_blocks: Tensor, shares: Sequence[float]) -> Tensor:
+    """int32 ``[B, len(shares)]``: :func:`checks.share_of` of each sample's blocks, and at least 1."""
+    counts = [(num_blocks.double() * share * (1 - checks.ROUNDING)).ceil() for share in shares]
+    return torch.stack(counts, dim=1).clamp(min=1).int()

@@ -6,6 +6,7 @@ import zlib
 import torch
 from torch import Tensor
 
+from psa_kernels import checks as kernel_checks
 from psa_masks import checks
 
 # Steps of viridis, whose lightness alone tells them apart: they hold for every colour vision and in grey. They are
@@ -39,6 +40,7 @@ def level_image(levels: Tensor, *, cell: int = 1, dark: bool = False) -> Tensor:
     if not isinstance(levels, Tensor) or levels.dtype != torch.int8:
         kind = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
         raise TypeError(f"levels must be a torch.int8 tensor, got {kind}")
+    kernel_checks.strided("levels", levels)
     if levels.ndim < 2 or 0 in levels.shape:
         raise ValueError(f"levels must have shape [..., num_q_blocks, num_kv_blocks], got {list(levels.shape)}")
     checks.integer("cell", cell, 1)
@@ -67,6 +69,7 @@ def encode_png(image: Tensor) -> bytes:
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(f"image must be a torch.uint8 tensor, got {kind}")
+    kernel_checks.strided("image", image)
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image must have shape [height, width, 3], got {list(image.shape)}")
     height, width = image.shape[:2]

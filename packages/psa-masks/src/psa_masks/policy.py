@@ -8,6 +8,7 @@ from torch import Tensor
 
 from psa_kernels import BlockLayout, block_importance, key_similarity
 from psa_kernels.block_importance import METHODS, REDUCTIONS, group_stride
+from psa_kernels.layout import existing_keys
 from psa_masks import checks
 from psa_masks.budget import levels_by_budget
 from psa_masks.constraints import cap_by_similarity, coarsest_level, keep_full, skip_to_mean
@@ -49,7 +50,8 @@ class MaskPolicy:
         sinks: number of tokens at the start whose KV blocks are level 1.
         is_causal: queries see keys up to their own position, the last query at the last key. The map is then
             what attention executes of it: blocks in the future are skipped, kept ones that reach past the
-            diagonal are level 1. In quota mode shares are still of all KV blocks, future ones too.
+            diagonal are level 1. In quota mode shares are still of all KV blocks, future ones too, though not of
+            those past ``kv_lengths``.
         seed: names the sample drawn; equal seeds give equal maps. Antidiagonals draw none.
 
     Raises:
@@ -133,7 +135,7 @@ class MaskPolicy:
 
     def _checked_budget(self, coarsest: int) -> tuple[float, tuple[float, ...] | None]:
         """``density`` and ``errors`` of budget mode."""
-        if tuple(self.bounds):
+        if len(checks.sequence("bounds", self.bounds)):
             raise ValueError(f"bounds must not be given with mode 'budget', which goes by density, got {self.bounds!r}")
         checks.choice("share", self.share, ("head", "layer"))
         if self.density is None:
@@ -187,8 +189,10 @@ class MaskPolicy:
         Args:
             query: ``[B, H, q_len, D]``, any dtype and strides that ``psa_kernels.block_importance`` takes.
             key: ``[B, H_kv, kv_len, D]``, H a multiple of H_kv.
-            kv_lengths: int32 or int64 ``[B]``, how many keys of each sample exist; None is all. The levels of
-                KV blocks wholly past it mean nothing; attention with the same ``kv_lengths`` ignores them.
+            kv_lengths: int32 or int64 ``[B]``, how many keys of each sample exist; None is all. Shares are of the
+                blocks that exist, so without causality and diagonal a padded sample gets the levels it gets alone.
+                The levels of KV blocks wholly past it mean nothing; attention with the same ``kv_lengths`` ignores
+                them.
             scale: of the logits; None is ``1/sqrt(D)``.
             impl: of the operators of psa_kernels; None picks by device.
 
@@ -222,11 +226,14 @@ class MaskPolicy:
         )
         if self.mode == "budget":
             return self._spend(importance, layout, kv_lengths, impl)
+        num_blocks = None
+        if kv_lengths is not None:
+            num_blocks = -(-existing_keys(key.shape[2], kv_lengths, key.device) // self.block_kv)
         if self.mode == "threshold":
-            levels = levels_by_threshold(importance, self.bounds, min_full=self.min_full)
+            levels = levels_by_threshold(importance, self.bounds, min_full=self.min_full, num_blocks=num_blocks)
         else:
             bounds = [max(bound, self.min_full) for bound in self.bounds]
-            levels = levels_by_quota(importance, bounds, impl=impl)
+            levels = levels_by_quota(importance, bounds, num_blocks=num_blocks, impl=impl)
         limits = self.similarity_thresholds
         if limits is not None and max(limits) > -1.0:
             similarity = key_similarity(

@@ -17,6 +17,7 @@ from psa_integrations.diffusers.site import OnUnsupported, TransformerSite, Unsu
 from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import AttentionStats, StatsRecorder
 from psa_integrations.steps import StepFinder
+from psa_kernels import checks
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,13 @@ class AppliedAttention:
         self._stats.reset()
 
     def record_levels(self, recorder: LevelRecorder | None) -> None:
-        """Gives `recorder` the level maps of the sparse calls from now on; None ends it."""
+        """Gives `recorder` the level maps of the sparse calls from now on; None ends it.
+
+        Raises:
+            TypeError: if `recorder` is neither.
+        """
+        if not isinstance(recorder, LevelRecorder | None):
+            raise TypeError(f"recorder must be a psa_integrations.LevelRecorder or None, got {type(recorder).__name__}")
         for site in self._sites:
             site.level_recorder = recorder
 
@@ -56,7 +63,14 @@ class AppliedAttention:
         Args:
             index: the step, from 0.
             total: the number of steps of the run; needed for presets with `cooldown_steps`.
+
+        Raises:
+            TypeError: if one of them is no integer.
+            ValueError: on entering, if `index` is negative or not below `total`.
         """
+        checks.integer("index", index)
+        if total is not None:
+            checks.integer("total", total)
         return self._finder.at(index, total)
 
     def remove(self) -> None:
@@ -120,7 +134,7 @@ def apply_pyramid_sparse_attention(
     pipeline, transformers = _transformers(pipeline_or_transformer)
     if preset_2 is not None and "transformer_2" not in transformers:
         raise ValueError("preset_2 is for a second transformer, which this model does not have")
-    finder, stats = StepFinder(pipeline), StatsRecorder()
+    finder, stats = StepFinder(pipeline), StatsRecorder(tuple(transformers))
     sites = []
     for name, transformer in transformers.items():
         adapter = _adapter(transformer)

@@ -98,7 +98,7 @@ def register_pyramid_attention(
             "transformers must be as new as its mask functions that take q_length and q_offset (5.24 is), "
             f"got {transformers.__version__}"
         )
-    stats = StatsRecorder()
+    stats = StatsRecorder(("transformer",))
     function = PyramidAttentionFunction(
         sparse, min_queries=min_queries, stats=stats, on_unsupported=on_unsupported, impl=impl
     )

@@ -79,6 +79,7 @@ def kmeans(
 def _check_centroids(centroids: object, x: Tensor, num_clusters: int) -> None:
     if not isinstance(centroids, Tensor):
         raise TypeError(f"centroids must be a tensor or None, got {type(centroids).__name__}")
+    checks.strided("centroids", centroids)
     if centroids.dtype != centroid_dtype(x):
         raise TypeError(f"centroids must be {centroid_dtype(x)} with x in {x.dtype}, got {centroids.dtype}")
     shape = [*x.shape[:2], num_clusters, x.shape[3]]

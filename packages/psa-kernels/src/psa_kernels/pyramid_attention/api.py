@@ -55,6 +55,7 @@ def pyramid_attention(
         return_lse: also return the log-sum-exp of each query's logits.
         impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU of compute capability 8.0 or
             higher, torch elsewhere, with one warning on an older GPU. One asked for by name never falls back.
+            ``"reference"`` rounds logits to the dtype of its inputs: in float16 one above 65,504 gives inf or NaN.
 
     Returns:
         out ``[B, H, q_len, D]`` in query's dtype, and with ``return_lse`` lse ``[B, H, q_len]``, natural
@@ -114,8 +115,8 @@ def _differ(layout: BlockLayout, other: BlockLayout) -> bool:
 
 
 def _check_heads(levels: Tensor, query: Tensor) -> None:
-    if levels.shape[:2] != query.shape[:2] or levels.device != query.device:
-        raise ValueError(
-            f"levels must be on query's device {query.device} for its [B, H] {list(query.shape[:2])}, "
-            f"got {levels.device} and {list(levels.shape[:2])}"
-        )
+    for name, of_levels, of_query in zip(("batch size", "number of heads"), levels.shape, query.shape, strict=False):
+        if of_levels != of_query:
+            raise ValueError(f"levels must have query's {name} {of_query}, got {of_levels}")
+    if levels.device != query.device:
+        raise ValueError(f"levels must be on query's device {query.device}, got {levels.device}")

@@ -42,7 +42,7 @@ class Pyramid:
         return row_counts(self.x.shape[2], level, self.kv_lengths, self.x.device)
 
     def _check(self, level: int) -> None:
-        if not 1 <= level <= self.num_levels:
+        if not 1 <= checks.integer("level", level) <= self.num_levels:
             raise ValueError(f"level must lie in 1..{self.num_levels}, got {level}")
 
 

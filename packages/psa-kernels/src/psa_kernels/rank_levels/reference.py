@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 
-def forward(scores: Tensor, counts: list[int]) -> Tensor:
+def forward(scores: Tensor, counts: list[int], sample_counts: Tensor | None) -> Tensor:
     levels = []
-    for row in scores.reshape(-1, scores.shape[-1]).tolist():
+    rows = scores.reshape(-1, scores.shape[-1]).tolist()
+    for i, row in enumerate(rows):
+        if sample_counts is not None:
+            counts = sample_counts[i * len(sample_counts) // len(rows)].tolist()
         # Sorting is stable. NaN comes first, and all are alike.
         falling = sorted(range(len(row)), key=lambda i: (0, 0.0) if math.isnan(row[i]) else (1, -row[i]))
         level = [0] * len(row)

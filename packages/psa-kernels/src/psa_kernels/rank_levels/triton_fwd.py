@@ -52,11 +52,11 @@ def _count(held, scores_ptr, row_len, end, low, cut, CHUNK: tl.constexpr, IS_HEL
     return total
 
 
-@triton.jit(do_not_specialize=["row_len", *(f"count_{i}" for i in range(MAX_COUNTS))])
+@triton.jit(do_not_specialize=["row_len", "rows_per_sample", *(f"count_{i}" for i in range(MAX_COUNTS))])
 def _rank_kernel(
-    scores_ptr, levels_ptr, row_len,
+    scores_ptr, levels_ptr, sample_counts_ptr, row_len, rows_per_sample,
     count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7, count_8,
-    NUM_COUNTS: tl.constexpr, CHUNK: tl.constexpr, IS_HELD: tl.constexpr,
+    NUM_COUNTS: tl.constexpr, CHUNK: tl.constexpr, IS_HELD: tl.constexpr, OF_SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """The scores kept up to a level become fewer from the last level to the first, so that is the order."""
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7, count_8)
@@ -82,6 +82,9 @@ def _rank_kernel(
     levels = tl.zeros([CHUNK], tl.int32)
     for level in tl.static_range(NUM_COUNTS, 0, -1):
         count = counts[level - 1]
+        if OF_SAMPLES:
+            count = tl.load(sample_counts_ptr + row // rows_per_sample * NUM_COUNTS + level - 1)
+            count = tl.minimum(count, row_len)
         if count != done:
             # The score of rank `count` lies in low..high. `low` is it when they meet, and as good as it when no more
             # than `count` scores are at least `low`.
@@ -123,7 +126,7 @@ def _rank_kernel(
         tl.store(levels_ptr + index, levels.to(tl.int8), mask=index < row_len)
 
 
-def forward(scores: Tensor, counts: list[int]) -> Tensor:
+def forward(scores: Tensor, counts: list[int], sample_counts: Tensor | None) -> Tensor:
     if scores.dtype == torch.float64:
         raise TypeError("impl='triton' of rank_levels takes float16, bfloat16 or float32, got torch.float64")
     scores = scores.contiguous()
@@ -131,12 +134,18 @@ def forward(scores: Tensor, counts: list[int]) -> Tensor:
     levels = torch.empty_like(scores, dtype=torch.int8)
     if not scores.numel():
         return levels
+    num_rows = scores.numel() // row_len
+    num_counts, num_samples = len(counts), 1
+    if sample_counts is not None:
+        sample_counts = sample_counts.contiguous()
+        num_samples, num_counts = sample_counts.shape
     chunk = min(max(triton.next_power_of_2(row_len), _MIN_CHUNK), _MAX_CHUNK)
-    ends = [min(count, row_len) for count in counts]
+    ends = [0] * MAX_COUNTS
+    ends[: len(counts)] = [min(count, row_len) for count in counts]
     with on_device(scores):
-        _rank_kernel[(scores.numel() // row_len,)](
-            scores, levels, row_len, *ends, *[0] * (MAX_COUNTS - len(counts)),
-            NUM_COUNTS=len(counts), CHUNK=chunk, IS_HELD=row_len <= chunk,
+        _rank_kernel[(num_rows,)](
+            scores, levels, sample_counts, row_len, num_rows // num_samples, *ends,
+            NUM_COUNTS=num_counts, CHUNK=chunk, IS_HELD=row_len <= chunk, OF_SAMPLES=sample_counts is not None,
             num_warps=max(1, chunk // 1024),
         )  # fmt: skip
     return levels

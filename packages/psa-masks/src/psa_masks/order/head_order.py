@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from psa_kernels import checks as kernel_checks
 from psa_masks.order.token_order import TokenOrder
 
 
@@ -28,6 +29,7 @@ class HeadOrder:
         if not isinstance(order, Tensor) or order.dtype != torch.int64:
             kind = order.dtype if isinstance(order, Tensor) else type(order).__name__
             raise TypeError(f"order must be an int64 tensor, got {kind}")
+        kernel_checks.strided("order", order)
         if order.ndim != 3:
             raise ValueError(f"order must have shape [B, H, L], got {list(order.shape)}")
         self.order = order
@@ -72,6 +74,8 @@ class HeadOrder:
     def _select(self, x: Tensor, dim: int, index: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        kernel_checks.strided("x", x)
+        kernel_checks.integer("dim", dim)
         if tuple(x.shape[:3]) != tuple(index.shape):
             raise ValueError(f"x must have shape {[*index.shape, '...']}, got {list(x.shape)}")
         if dim not in (2, 2 - x.ndim):
@@ -91,10 +95,18 @@ class AttentionOrder:
 
     Attributes:
         query, key: the orders; None leaves the tokens as they are.
+
+    Raises:
+        TypeError: one of them is something else.
     """
 
     query: TokenOrder | HeadOrder | None
     key: TokenOrder | HeadOrder | None
+
+    def __post_init__(self) -> None:
+        for name, order in (("query", self.query), ("key", self.key)):
+            if not isinstance(order, TokenOrder | HeadOrder | None):
+                raise TypeError(f"{name} must be a TokenOrder, a HeadOrder or None, got {type(order).__name__}")
 
     def apply(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query ``[B, H, q_len, D]``, key and value ``[B, H_kv, kv_len, D]`` in their orders.

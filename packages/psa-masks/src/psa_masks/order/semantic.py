@@ -23,6 +23,7 @@ class SemanticOrder(HeadOrder):
 
     def __init__(self, order: Tensor, centroids: Tensor) -> None:
         super().__init__(order)
+        kernel_checks.floating("centroids", centroids)
         self.centroids = centroids
 
 

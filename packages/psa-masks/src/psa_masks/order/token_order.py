@@ -7,8 +7,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from psa_kernels import checks as kernel_checks
 from psa_masks import checks
-from psa_masks.grid import VideoGrid
+from psa_masks.grid import VideoGrid, check_grid
 
 
 @contextmanager
@@ -38,6 +39,7 @@ class TokenOrder:
         if not isinstance(order, Tensor) or order.dtype != torch.int64:
             kind = order.dtype if isinstance(order, Tensor) else type(order).__name__
             raise TypeError(f"order must be an int64 tensor, got {kind}")
+        kernel_checks.strided("order", order)
         if order.ndim != 1:
             raise ValueError(f"order must have shape [n], got {list(order.shape)}")
         with ordinary_cpu_tensors():
@@ -63,7 +65,16 @@ class TokenOrder:
         Args:
             grid: the sequence.
             video: int64 ``[grid.video_len]``, a permutation of the video tokens counted from 0.
+
+        Raises:
+            TypeError, ValueError: ``grid`` is no VideoGrid, or ``video`` no such permutation.
         """
+        check_grid(grid)
+        if not isinstance(video, Tensor) or video.dtype != torch.int64:
+            kind = video.dtype if isinstance(video, Tensor) else type(video).__name__
+            raise TypeError(f"video must be an int64 tensor, got {kind}")
+        if tuple(video.shape) != (grid.video_len,):
+            raise ValueError(f"video must have shape [{grid.video_len}] for {grid}, got {list(video.shape)}")
         order = torch.arange(grid.seq_len, device="cpu")
         start, stop = grid.video_range
         order[start:stop] = video + start
@@ -79,7 +90,7 @@ class TokenOrder:
         """``x`` with the tokens along ``dim`` in this order; a new tensor on ``x``'s device.
 
         Raises:
-            ValueError: ``x`` has not as many tokens along ``dim`` as the order.
+            TypeError, ValueError: ``x`` has not as many tokens along ``dim`` as the order.
         """
         return self._select(x, dim, inverse=False)
 
@@ -87,14 +98,15 @@ class TokenOrder:
         """``x`` with the tokens along ``dim`` back in their original order: ``undo(apply(x)) == x``.
 
         Raises:
-            ValueError: ``x`` has not as many tokens along ``dim`` as the order.
+            TypeError, ValueError: ``x`` has not as many tokens along ``dim`` as the order.
         """
         return self._select(x, dim, inverse=True)
 
     def _select(self, x: Tensor, dim: int, *, inverse: bool) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        if not -x.ndim <= dim < x.ndim:
+        kernel_checks.strided("x", x)
+        if not -x.ndim <= kernel_checks.integer("dim", dim) < x.ndim:
             raise ValueError(f"dim must be an axis of x with shape {list(x.shape)}, got {dim}")
         if x.shape[dim] != len(self):
             raise ValueError(f"x must have {len(self)} tokens along dim {dim}, got shape {list(x.shape)}")
