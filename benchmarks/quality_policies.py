@@ -12,7 +12,15 @@ from quality_choosers import CHOOSERS
 from torch import Tensor
 
 from psa_kernels import BlockLayout, pyramid_attention
-from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order, semantic_order
+from psa_masks import (
+    MaskPolicy,
+    TokenOrder,
+    VideoGrid,
+    cube_order,
+    gilbert_order,
+    kd_tree_order,
+    semantic_order,
+)
 
 BLOCK = 64
 PAPER = (0.10, 0.15, 0.15, 0.35)
@@ -20,33 +28,42 @@ TAILED = (0.09, 0.14, 0.14, 0.34)
 """The paper's quotas with a level 1 smaller by what the tail costs."""
 TAILED_32, TAILED_16 = (0.08, 0.13, 0.13, 0.33), (0.06, 0.11, 0.11, 0.26)
 """The same for smaller blocks, whose tails cost more."""
+TREED = (0.02, 0.12, 0.22, 0.60)
+"""Less at level 1 and more at the pooled levels, which are worth more where like is pooled with like."""
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
 SIMILARITY = (0.70, 0.65, 0.60)
 CLUSTERS = 64
 
 Settings = Mapping[str, Any]
-Order = Callable[[VideoGrid, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Grid, query and key ``[B, H, L, D]`` to the orders of the queries and of the keys, int64 ``[L]`` or ``[B, H, L]``."""
+Order = Callable[[VideoGrid, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""Grid, query and key ``[B, H, L, D]`` and the tokens of a key/value block to the orders of the queries and of the
+keys, int64 ``[L]`` or ``[B, H, L]``."""
 
 
 def fixed(make: Callable[[VideoGrid], TokenOrder]) -> Order:
     """An order that follows from the grid alone, the same for queries and keys."""
 
-    def order(grid: VideoGrid, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def order(grid: VideoGrid, query: Tensor, key: Tensor, block_kv: int) -> tuple[Tensor, Tensor]:
         index = make(grid).order.to(query.device)
         return index, index
 
     return order
 
 
-def semantic(grid: VideoGrid, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def semantic(grid: VideoGrid, query: Tensor, key: Tensor, block_kv: int) -> tuple[Tensor, Tensor]:
     """Queries and keys each by their clusters."""
     return semantic_order(query, CLUSTERS, grid=grid).order, semantic_order(key, CLUSTERS, grid=grid).order
 
 
-def hybrid(grid: VideoGrid, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def hybrid(grid: VideoGrid, query: Tensor, key: Tensor, block_kv: int) -> tuple[Tensor, Tensor]:
     """Queries along the curve, keys by their clusters."""
     return gilbert_order(grid).order.to(query.device), semantic_order(key, CLUSTERS, grid=grid).order
+
+
+def kd_tree(grid: VideoGrid, query: Tensor, key: Tensor, block_kv: int) -> tuple[Tensor, Tensor]:
+    """Both along the curve, and the keys of each block by a k-d tree."""
+    curve = gilbert_order(grid)
+    return curve.order.to(query.device), kd_tree_order(query, key, block_kv=block_kv, grid=grid, base=curve).order
 
 
 ORDERS: dict[str, Order] = {
@@ -57,6 +74,7 @@ ORDERS: dict[str, Order] = {
     "cubes 1x8x8": fixed(lambda grid: cube_order(grid, (1, 8, 8))),
     "semantic": semantic,
     "hybrid": hybrid,
+    "k-d tree": kd_tree,
 }
 
 
@@ -134,6 +152,7 @@ ROWS: tuple[Row, ...] = (
     Row(BY_THRESHOLD, threshold(), FRONTIER, sweep=scaled(THRESHOLDS, 0.4, 0.7, 1.2), videos=True),
     Row("level 1 + tail", quota((0.14,), skip="mean"), FRONTIER, sweep=scaled((0.14,), 0.3, 0.6, 2, 3), videos=True),
     Row(WITH_TAIL, tailed(), FRONTIER, sweep=scaled(TAILED, 0.3, 0.6, 2, 3), videos=True, limits=True),
+    Row("k-d tree", tailed(TREED), FRONTIER, "k-d tree", sweep=scaled(TREED, 0.3, 0.6, 2), videos=True),
     Row("thresholds + tail", threshold(skip="mean"), FRONTIER, sweep=scaled(THRESHOLDS, 0.4, 0.7, 1.2), videos=True),
     Row("budget", budget(reduction="mean"), FRONTIER, sweep=DENSITIES, videos=True),
     Row("budget + tail", budget(reduction="error", skip="mean"), FRONTIER, sweep=DENSITIES, videos=True),
@@ -274,7 +293,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def decide(point: Point, grid: VideoGrid, query: Tensor, key: Tensor, value: Tensor) -> Decision:
     """What the policy does with these queries, keys and values, ``[B, H, L, D]``; only a bound looks at values."""
     policy = point.policy
-    q_index, kv_index = ORDERS[point.row.order](grid, query, key)
+    q_index, kv_index = ORDERS[point.row.order](grid, query, key, policy.block_kv)
     layout = BlockLayout(
         query.shape[2],
         key.shape[2],

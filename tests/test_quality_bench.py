@@ -63,7 +63,7 @@ def pipeline():
 
 
 def test_everything_at_level_1_is_dense_in_every_order(inputs, monkeypatch):
-    def by_head(grid, query, key):
+    def by_head(grid, query, key, block_kv):
         generator = torch.Generator().manual_seed(0)
         q_index, kv_index = (torch.rand(key.shape[:3], generator=generator).argsort(dim=-1) for _ in range(2))
         return q_index, kv_index

@@ -85,7 +85,7 @@ def test_every_optional_key(load: Load, form: str) -> None:
 
 
 def test_orders_by_cluster(load: Load, form: str) -> None:
-    for method in ("Semantic", "Hybrid"):
+    for method in ("Semantic", "Hybrid", "KdTree"):
         chosen = f"rearrange_method: {method}\n      num_clusters: 256\n      cluster_iterations: 1"
         attention = pyramid(load(form.replace("warmup_steps: 12", chosen)).get("Wan"))
         assert attention.rearrange_method == method

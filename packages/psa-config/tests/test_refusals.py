@@ -84,7 +84,7 @@ MISTAKES = [
         "warmup_steps: 12",
         "rearrange_method: ^gilbert",
         f"{B}.rearrange_method",
-        'got "gilbert", expected "Gilbert", "Cube", "Semantic" or "Hybrid", did you mean "Gilbert"?',
+        'got "gilbert", expected "Gilbert", "Cube", "Semantic", "Hybrid" or "KdTree", did you mean "Gilbert"?',
     ),
     (
         "warmup_steps: 12",

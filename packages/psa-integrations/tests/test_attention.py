@@ -17,7 +17,7 @@ GRID = VideoGrid(frames=3, height=7, width=9)
 WITH_TEXT = VideoGrid(frames=3, height=7, width=9, text=16, text_first=True)
 
 
-@pytest.mark.parametrize("method", ["Semantic", "Hybrid"])
+@pytest.mark.parametrize("method", ["Semantic", "Hybrid", "KdTree"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_every_block_at_level_1_is_sdpa_by_clusters(method: str, kv_heads: int, make_preset: MakePreset) -> None:
     query, key, value = make_qkv(batch=2, kv_heads=kv_heads, q_len=WITH_TEXT.seq_len)
@@ -51,7 +51,7 @@ def test_levels_follow_the_token_order(sparse: Preset, make_preset: MakePreset) 
     assert torch.equal(PyramidAttention(sparse)(query, key, value), unordered(query, key, value))
 
 
-@pytest.mark.parametrize("method", ["Gilbert", "Semantic", "Hybrid"])
+@pytest.mark.parametrize("method", ["Gilbert", "Semantic", "Hybrid", "KdTree"])
 def test_text_of_the_grid_attends_exactly(method: str, make_preset: MakePreset) -> None:
     query, key, value = make_qkv(batch=2, q_len=WITH_TEXT.seq_len)
     start, stop = WITH_TEXT.text_range

@@ -105,6 +105,7 @@ def test_a_level_left_out_of_the_ratios_is_empty(make_preset: MakePreset) -> Non
         ({"tile_size": (1, 2, 2), "cubes_along": "Raster"}, gilbert_order(GRID)),
         ({"rearrange_method": "Semantic"}, gilbert_order(GRID)),
         ({"rearrange_method": "Hybrid"}, gilbert_order(GRID)),
+        ({"rearrange_method": "KdTree"}, gilbert_order(GRID)),
     ],
 )
 def test_the_token_order_is_the_one_named(

@@ -12,7 +12,7 @@ from torch import Tensor
 from psa_config import Preset, PyramidSparseAttention
 from psa_integrations import PyramidAttention, apply_pyramid_sparse_attention
 from psa_integrations.attention import sparse_attention
-from psa_integrations.build import cluster_orders
+from psa_integrations.build import content_orders
 from psa_integrations.clusters import ClusterOrders
 from psa_kernels.testing import make_qkv
 from psa_masks import AttentionOrder, MaskPolicy, SemanticOrder, VideoGrid, gilbert_order, semantic_order
@@ -31,7 +31,7 @@ def settings(preset: Preset) -> PyramidSparseAttention:
 @pytest.fixture
 def orders(make_preset: MakePreset) -> ClusterOrders:
     preset = make_preset(SPARSE, rearrange_method="Semantic", num_clusters=6, cluster_iterations=1, seed=3)
-    made = cluster_orders(settings(preset), GRID)
+    made = content_orders(settings(preset), GRID)
     assert made is not None
     return made
 
@@ -98,7 +98,7 @@ def test_centroids_of_another_form_are_not_used(orders: ClusterOrders, changes: 
 def test_hybrid_leaves_queries_on_the_curve(make_preset: MakePreset) -> None:
     chosen = settings(make_preset(SPARSE, rearrange_method="Hybrid", num_clusters=6))
     curve = gilbert_order(GRID)
-    made = cluster_orders(chosen, GRID, base=curve)
+    made = content_orders(chosen, GRID, base=curve)
     assert made is not None
     query, key = qk(0)
     order = made(query, key, step=None)
@@ -106,7 +106,7 @@ def test_hybrid_leaves_queries_on_the_curve(make_preset: MakePreset) -> None:
     assert isinstance(order.key, SemanticOrder)
     assert torch.equal(order.key.order, semantic_order(key, 6, grid=GRID, base=curve, num_iterations=2).order)
     # Where tokens come in the order of the curve already, queries stay as they are.
-    in_order = cluster_orders(chosen, GRID)
+    in_order = content_orders(chosen, GRID)
     assert in_order is not None
     assert in_order(query, key, step=None).query is None
 
@@ -114,7 +114,7 @@ def test_hybrid_leaves_queries_on_the_curve(make_preset: MakePreset) -> None:
 @pytest.mark.parametrize("changes", [{}, {"rearrange_method": "Cube"}, {"use_rearrange": False}])
 def test_other_orders_have_no_clusters(changes: dict[str, Any], make_preset: MakePreset) -> None:
     changes = {"num_clusters": 6} | changes
-    assert cluster_orders(settings(make_preset(SPARSE, **changes)), GRID) is None
+    assert content_orders(settings(make_preset(SPARSE, **changes)), GRID) is None
 
 
 def test_a_causal_policy_is_refused() -> None:
@@ -152,7 +152,7 @@ def test_in_a_pipeline(
         kept = [
             weakref.ref(left.key)
             for forward in handle._sites[0]._forwards.values()
-            for left in forward.clusters._last.values()
+            for left in forward.contents._last.values()
         ]
         assert kept
     gc.collect()

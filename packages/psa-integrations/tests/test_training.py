@@ -122,7 +122,7 @@ def test_checkpointed_cogvideox_blocks_too(build_transformer: Callable[..., Any]
 
 @pytest.mark.parametrize(
     ("method", "whole", "checkpoints"),
-    [("Gilbert", True, True), ("Semantic", False, False), ("Hybrid", False, True)],
+    [("Gilbert", True, True), ("Semantic", False, False), ("Hybrid", False, True), ("KdTree", True, False)],
 )
 def test_compiled_transformers_have_the_gradients_of_eager_ones(
     method: str,

@@ -71,6 +71,11 @@ def _order(attention: PyramidSparseAttention) -> str:
         what = "Queries and keys" if attention.rearrange_method == "Semantic" else "Keys"
         rest = "" if attention.rearrange_method == "Semantic" else ", queries along a Hilbert-like curve"
         return f"{what} are put in order by {attention.num_clusters} clusters in each head of each layer{rest}."
+    if attention.rearrange_method == "KdTree":
+        return (
+            "Tokens are put in order along a Hilbert-like curve, and the keys of each block by a k-d tree in each head "
+            "of each layer, so that like is pooled with like."
+        )
     frames, rows, columns = attention.tile_size
     along = "row by row" if attention.cubes_along == "Raster" else "along a Hilbert-like curve"
     return f"Tokens are put in order by cubes of {frames} frames, {rows} rows and {columns} columns, {along}."

@@ -217,10 +217,11 @@ class PyramidSparseAttention(_Form):
     dense_layers: Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)] = Field(
         default=(), description="Layers that stay dense, from 0."
     )
-    rearrange_method: Literal["Gilbert", "Cube", "Semantic", "Hybrid"] = Field(
+    rearrange_method: Literal["Gilbert", "Cube", "Semantic", "Hybrid", "KdTree"] = Field(
         default="Gilbert",
         description="Along a Hilbert-like curve (Gilbert), by cubes of tile_size (Cube), by k-means of queries and of "
-        "keys in every layer (Semantic), or queries along the curve and keys by k-means (Hybrid).",
+        "keys in every layer (Semantic), queries along the curve and keys by k-means (Hybrid), or both along the curve "
+        "and keys, inside each block, by a k-d tree, so that like is pooled with like (KdTree).",
     )
     tile_size: Annotated[tuple[Size, Size, Size], BeforeValidator(_as_tuple)] = Field(
         default=(2, 8, 8), description="Frames, rows and columns of tokens in a cube."

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from psa_config import Preset
-from psa_integrations.build import cluster_orders, find_preset, mask_policy, sparse_attention_of, token_order
+from psa_integrations.build import content_orders, find_preset, mask_policy, sparse_attention_of, token_order
 from psa_kernels import BlockLayout, LevelPlan, checks, pyramid_attention
 from psa_masks import AttentionOrder, MaskPolicy, VideoGrid
 
@@ -172,7 +172,7 @@ class PyramidAttention(nn.Module):
         sparse = sparse_attention_of(self.preset)
         self._policy = None if sparse is None else mask_policy(sparse, grid)
         self._order = None if sparse is None or grid is None else token_order(sparse, grid)
-        self._clusters = None if sparse is None or grid is None else cluster_orders(sparse, grid, base=self._order)
+        self._clusters = None if sparse is None or grid is None else content_orders(sparse, grid, base=self._order)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, step: int | None = None) -> Tensor:
         """Attend.

@@ -4,6 +4,8 @@ from typing import Literal
 
 from psa_config import DenseAttention, Preset, PyramidSparseAttention, load_presets
 from psa_integrations.clusters import ClusterOrders
+from psa_integrations.content_orders import ContentOrders
+from psa_integrations.kd_trees import KdTreeOrders
 from psa_masks import MaskPolicy, TokenOrder, VideoGrid, cube_order, gilbert_order
 
 _MODES = {"thresholdbound": "threshold", "topk": "quota", "budget": "budget"}
@@ -75,7 +77,7 @@ def mask_policy(
 def token_order(attention: PyramidSparseAttention, grid: VideoGrid) -> TokenOrder | None:
     """The order in which `attention` wants the tokens of `grid`, None where they stay as they are.
 
-    With orders by cluster it is the one that queries have, or that tokens have within a cluster.
+    With orders by content it is that of the queries, within which clusters keep and in which blocks are cut.
     """
     if not attention.use_rearrange:
         return None
@@ -84,23 +86,24 @@ def token_order(attention: PyramidSparseAttention, grid: VideoGrid) -> TokenOrde
     return cube_order(grid, attention.tile_size, along=_CUBES_ALONG[attention.cubes_along])
 
 
-def orders_by_cluster(attention: PyramidSparseAttention) -> bool:
+def orders_by_content(attention: PyramidSparseAttention) -> bool:
     """Whether each attention makes token orders of its own."""
-    return attention.use_rearrange and attention.rearrange_method in ("Semantic", "Hybrid")
+    return attention.use_rearrange and attention.rearrange_method in ("Semantic", "Hybrid", "KdTree")
 
 
 def check_clusters(attention: PyramidSparseAttention, grid: VideoGrid) -> None:
     """Raises ValueError if `attention` wants more clusters than `grid` has video tokens."""
-    if orders_by_cluster(attention) and attention.num_clusters > grid.video_len:
+    by_cluster = attention.use_rearrange and attention.rearrange_method in ("Semantic", "Hybrid")
+    if by_cluster and attention.num_clusters > grid.video_len:
         raise ValueError(
             f"num_clusters must be at most the {grid.video_len} video tokens of {grid}, got {attention.num_clusters}"
         )
 
 
-def cluster_orders(
+def content_orders(
     attention: PyramidSparseAttention, grid: VideoGrid, *, base: TokenOrder | None = None
-) -> ClusterOrders | None:
-    """What makes the orders of each attention over `grid`, None where `attention` wants none by cluster.
+) -> ContentOrders | None:
+    """What makes the orders of each attention over `grid`, None where `attention` wants none of its own.
 
     Args:
         attention: the settings.
@@ -110,8 +113,10 @@ def cluster_orders(
     Raises:
         ValueError: if there are more clusters than video tokens.
     """
-    if not orders_by_cluster(attention):
+    if not orders_by_content(attention):
         return None
+    if attention.rearrange_method == "KdTree":
+        return KdTreeOrders(block_kv=attention.block_size.n, grid=grid, base=base)
     check_clusters(attention, grid)
     return ClusterOrders(
         num_clusters=attention.num_clusters,

@@ -14,6 +14,7 @@ from psa_masks.order import (
     cube_order,
     gilbert_order,
     hybrid_order,
+    kd_tree_order,
     semantic_order,
 )
 from psa_masks.policy import MaskPolicy
@@ -31,6 +32,7 @@ __all__ = [
     "density",
     "gilbert_order",
     "hybrid_order",
+    "kd_tree_order",
     "keep_full",
     "levels_by_budget",
     "levels_by_quota",

@@ -28,7 +28,7 @@ class Site(Protocol):
     ) -> Tensor:
         """Sparse attention of a layer; the grid None is that of the forward under way."""
 
-    def cluster_orders_in(self, layer: int, query: Tensor, key: Tensor, grid: VideoGrid | None) -> AttentionOrder:
+    def content_orders_in(self, layer: int, query: Tensor, key: Tensor, grid: VideoGrid | None) -> AttentionOrder:
         """The orders by cluster of a layer."""
 
     def plan_in(
@@ -113,7 +113,7 @@ def clusters(query: Tensor, key: Tensor, ticket: Tensor, grid: Sequence[int], of
     """The orders of a layer's tokens by cluster, int64 [S, 2, B, H, L]: each the order and its inverse, of the keys,
     and behind it with `of_queries` of the queries. `grid` as in `attend`."""
     number, layer = ticket.tolist()
-    orders = _SITES[number].cluster_orders_in(layer, query, key, _grid(grid) if grid else None)
+    orders = _SITES[number].content_orders_in(layer, query, key, _grid(grid) if grid else None)
     sides = (orders.key, orders.query) if of_queries else (orders.key,)
     return torch.stack([torch.stack((side.order, side.inverse)) for side in sides if isinstance(side, HeadOrder)])
 

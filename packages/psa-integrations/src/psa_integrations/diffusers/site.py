@@ -16,13 +16,13 @@ from psa_config import Preset
 from psa_integrations.attention import attend_by, block_layout, check_device, plan_of, serves_head_dim
 from psa_integrations.build import (
     check_clusters,
-    cluster_orders,
+    content_orders,
     mask_policy,
-    orders_by_cluster,
+    orders_by_content,
     sparse_attention_of,
     token_order,
 )
-from psa_integrations.clusters import ClusterOrders
+from psa_integrations.content_orders import ContentOrders
 from psa_integrations.diffusers.adapter import Adapter, Order, Processor
 from psa_integrations.diffusers.compiled import (
     OrderInGraph,
@@ -59,17 +59,17 @@ class UnsupportedError(RuntimeError):
 
 @dataclass(frozen=True)
 class SparseForward:
-    """How a sparse forward treats its tokens. `order` is over the video tokens alone, once for all layers; `clusters`
+    """How a sparse forward treats its tokens. `order` is over the video tokens alone, once for all layers; `contents`
     makes further ones in each of them.
 
-    Where the whole transformer is compiled, policy and clusters are looked up by `in_graph`, the grid as operators take
+    Where the whole transformer is compiled, policy and these are looked up by `in_graph`, the grid as operators take
     it.
     """
 
     grid: VideoGrid
     policy: MaskPolicy | None
     order: Order | None
-    clusters: ClusterOrders | None = None
+    contents: ContentOrders | None = None
     in_graph: tuple[int, ...] = ()
 
 
@@ -254,7 +254,7 @@ class TransformerSite:
         assert self._blocks is not None
         query, key = query.to(value.dtype), key.to(value.dtype)
         inverse = None
-        if orders_by_cluster(self._sparse):
+        if orders_by_content(self._sparse):
             of_queries = self._sparse.rearrange_method == "Semantic"
             orders = clusters(query.detach(), key.detach(), ticket, grid, of_queries)
             key, value = _by_head(key, orders[0, 0]), _by_head(value, orders[0, 0])
@@ -296,19 +296,19 @@ class TransformerSite:
     ) -> Tensor:
         query, key = query.to(value.dtype), key.to(value.dtype)
         orders = None
-        if forward.clusters is not None:
-            orders = forward.clusters(query, key, step=self._step, layer=layer, impl=self._impl)
+        if forward.contents is not None:
+            orders = forward.contents(query, key, step=self._step, layer=layer, impl=self._impl)
             query, key, value = orders.apply(query, key, value)
         chosen = self._plan(layer, forward, query, key, kv_lengths)
         self.count_sparse(layer, chosen.density())
         out = attend_by(chosen, query, key, value, kv_lengths=kv_lengths, impl=self._impl)
         return out if orders is None else orders.undo(out)
 
-    def cluster_orders_in(self, layer: int, query: Tensor, key: Tensor, grid: VideoGrid | None) -> AttentionOrder:
-        """The orders by cluster of a layer; the grid None is that of the forward under way."""
+    def content_orders_in(self, layer: int, query: Tensor, key: Tensor, grid: VideoGrid | None) -> AttentionOrder:
+        """The orders that a layer makes of its own; the grid None is that of the forward under way."""
         forward = self._forward_of(grid)
-        assert forward.clusters is not None
-        return forward.clusters(query, key, step=self._step, layer=layer, impl=self._impl)
+        assert forward.contents is not None
+        return forward.contents(query, key, step=self._step, layer=layer, impl=self._impl)
 
     def plan_in(
         self, layer: int, query: Tensor, key: Tensor, kv_lengths: Tensor | None, grid: VideoGrid | None
@@ -327,7 +327,7 @@ class TransformerSite:
             )
         take = None
         # In orders of each head's own, a map would say nothing of the video.
-        if self.level_recorder is not None and forward.clusters is None:
+        if self.level_recorder is not None and forward.contents is None:
             assert forward.order is None or isinstance(forward.order, TokenOrder)
             place = (self.name, self._step, layer)
             take = self.level_recorder.taker(place, grid=forward.grid, order=forward.order, policy=forward.policy)
@@ -381,8 +381,8 @@ class TransformerSite:
         same_run = step is not None and last is not None and step.total == last.total and step.index >= last.index
         if not same_run:
             for forward in self._forwards.values():
-                if forward.clusters is not None:
-                    forward.clusters.reset()
+                if forward.contents is not None:
+                    forward.contents.reset()
         if step is not None and step.total is not None:
             self._say_if_dense_throughout(step.total)
 
@@ -494,7 +494,7 @@ class TransformerSite:
                 grid,
                 mask_policy(self._sparse, grid),
                 self._token_order(grid),
-                cluster_orders(self._sparse, grid),
+                content_orders(self._sparse, grid),
             )
         return self._forwards[grid]
 

@@ -4,6 +4,7 @@ from psa_masks.order.cubes import cube_order
 from psa_masks.order.gilbert import gilbert_order
 from psa_masks.order.head_order import AttentionOrder, HeadOrder
 from psa_masks.order.hybrid import hybrid_order
+from psa_masks.order.kd_tree import kd_tree_order
 from psa_masks.order.semantic import SemanticOrder, semantic_order
 from psa_masks.order.token_order import TokenOrder
 
@@ -15,5 +16,6 @@ __all__ = [
     "cube_order",
     "gilbert_order",
     "hybrid_order",
+    "kd_tree_order",
     "semantic_order",
 ]

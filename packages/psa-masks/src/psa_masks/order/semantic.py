@@ -72,7 +72,7 @@ def semantic_order(
             raise ValueError(f"grid must have the {length} tokens of x, got {grid.seq_len} in {grid}")
         start, stop = grid.video_range
     if base is not None:
-        _check_base(base, start, stop, length)
+        check_base(base, start, stop, length)
     clusters = kmeans(
         x[:, :, start:stop],
         num_clusters,
@@ -116,7 +116,7 @@ def path_through(centroids: Tensor) -> Tensor:
     return along.squeeze(-1).argsort(dim=-1, stable=True).argsort(dim=-1)
 
 
-def _check_base(base: object, start: int, stop: int, length: int) -> None:
+def check_base(base: object, start: int, stop: int, length: int) -> None:
     """``base`` orders the video tokens start..stop-1 among themselves."""
     if not isinstance(base, TokenOrder):
         raise TypeError(f"base must be a psa_masks.TokenOrder, got {type(base).__name__}")

@@ -1,0 +1,129 @@
+"""Tokens within each key/value block in the order of a k-d tree: what a pooled row averages is alike."""
+
+import torch
+from torch import Tensor
+
+from psa_kernels import checks as kernel_checks
+from psa_masks.grid import VideoGrid, check_grid
+from psa_masks.order.head_order import HeadOrder
+from psa_masks.order.semantic import check_base
+from psa_masks.order.token_order import TokenOrder
+
+_SAMPLES = 4096
+_POWER_STEPS = 6
+
+
+def kd_tree_order(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_kv: int,
+    grid: VideoGrid | None = None,
+    base: TokenOrder | None = None,
+    num_directions: int = 8,
+) -> HeadOrder:
+    """Reorder keys inside their blocks, so that tokens which are averaged together have nearly the same logits.
+
+    Each block keeps its tokens. They are halved at the median of the direction in which they differ most, each half
+    again, and so on: level h of the pyramid averages runs of 2**(h-1) tokens, which are the nodes of this tree. Which
+    block a query block reads, and at which level, is as good a question as before; what it reads when that is not
+    level 1 is nearer to the truth.
+
+    Tokens differ by their logits: the directions are those of largest variance of the keys as the queries see them, the
+    leading eigenvectors of ``C_q C_k`` with a head's second moments of queries and covariance of keys, found by power
+    iteration. Blocks that are not whole, or hold text, stay as they are. Nothing waits for the device.
+
+    Args:
+        query: ``[B, H, q_len, D]``, H a multiple of H_kv.
+        key: ``[B, H_kv, L, D]``.
+        block_kv: tokens of a key/value block, a power of two.
+        grid: the sequence, ``grid.seq_len == L``: its text tokens stay where they are. None takes all for video.
+        base: the order in which the blocks are cut, which keeps text where it is; None is the order of ``key``.
+        num_directions: how many directions there are to choose from, 1 to D.
+
+    Returns:
+        The order of the keys and of their values, for each head.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above.
+
+    The balanced k-d tree is that of Friedman, Bentley and Finkel (1977); to pool along it is ours.
+    """
+    kernel_checks.sequence("key", key)
+    kernel_checks.sequence("query", query)
+    batch, heads, length, head_dim = key.shape
+    if query.shape[0] != batch or query.shape[3] != head_dim or query.shape[1] % heads:
+        raise ValueError(
+            f"query must have the batch and head_dim of key {list(key.shape)} and a multiple of its heads, "
+            f"got {list(query.shape)}"
+        )
+    kernel_checks.power_of_two("block_kv", block_kv)
+    kernel_checks.integer("num_directions", num_directions)
+    if not 1 <= num_directions <= head_dim:
+        raise ValueError(f"num_directions must be 1 to the head_dim {head_dim}, got {num_directions}")
+    start, stop = 0, length
+    if grid is not None:
+        check_grid(grid)
+        if grid.seq_len != length:
+            raise ValueError(f"grid must have the {length} tokens of key, got {grid.seq_len} in {grid}")
+        start, stop = grid.video_range
+    if base is not None:
+        check_base(base, start, stop, length)
+
+    order = torch.arange(length, device=key.device) if base is None else base.index(key.device)
+    first, last = -(-start // block_kv) * block_kv, stop // block_kv * block_kv
+    if first >= last or block_kv == 1:
+        return HeadOrder(order.expand(batch, heads, length))
+    inside = order[first:last]
+    with torch.autocast(key.device.type, enabled=False), torch.no_grad():
+        directions = _directions(query, key[:, :, start:stop], num_directions)
+        places = key.index_select(2, inside) @ directions.to(key.dtype)
+        within = _split(places.float().unflatten(2, (-1, block_kv)))  # [B, H_kv, blocks, block_kv]
+    moved = within + torch.arange(0, last - first, block_kv, device=key.device)[:, None]
+    whole = order.repeat(batch, heads, 1)
+    whole[:, :, first:last] = inside[moved.flatten(2)]
+    return HeadOrder(whole)
+
+
+def _directions(query: Tensor, key: Tensor, count: int) -> Tensor:
+    """float32 ``[B, H_kv, D, count]``: the projections of keys that differ most as the queries see them."""
+    queries = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # those that read a head of keys
+    queries, keys = (x[:, :, :: max(1, x.shape[2] // _SAMPLES)].float() for x in (queries, key))
+    keys = keys - keys.mean(2, keepdim=True)
+    seen = queries.mT @ queries / queries.shape[2]
+    spread = keys.mT @ keys / keys.shape[2]
+    # Of unit size, so that nothing overflows; a little of the identity, so that nothing is singular.
+    eye = torch.eye(key.shape[3], device=key.device)
+    seen, spread = (x / _size(x) + 1e-6 * eye for x in (seen, spread))
+    vectors = eye[:, :count] + spread[..., :count]
+    for _ in range(_POWER_STEPS):
+        vectors = spread @ (seen @ vectors)
+        vectors = vectors / vectors.norm(dim=2, keepdim=True).clamp_min(1e-30)
+        gram = vectors.mT @ seen @ vectors
+        lower, _ = torch.linalg.cholesky_ex(gram + 1e-6 * _size(gram) * torch.eye(count, device=key.device))
+        vectors = torch.linalg.solve_triangular(lower, vectors.mT, upper=False).mT
+    directions = seen @ vectors
+    longest = directions.norm(dim=2, keepdim=True).amax(3, keepdim=True)
+    scaled: Tensor = directions / longest.clamp_min(1e-30)
+    return scaled
+
+
+def _size(x: Tensor) -> Tensor:
+    """The mean of the diagonal of square matrices, positive, ``[..., 1, 1]``."""
+    return x.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-30)
+
+
+def _split(places: Tensor) -> Tensor:
+    """The tokens of blocks ``[..., n, m]``, n a power of two, by a balanced k-d tree, int64 ``[..., n]``."""
+    shape = places.shape[:-1]
+    size = shape[-1]
+    places = places.flatten(0, -3)  # [nodes, size, m]
+    tokens = torch.arange(size, device=places.device).expand(places.shape[0], size)
+    while size > 1:
+        axis = places.var(1, correction=0).argmax(-1)  # [nodes]
+        along = places.gather(2, axis[:, None, None].expand(-1, size, 1)).squeeze(2)
+        ranks = along.argsort(dim=1, stable=True)
+        tokens = tokens.gather(1, ranks).reshape(-1, size // 2)
+        places = places.gather(1, ranks[..., None].expand_as(places)).reshape(-1, size // 2, places.shape[2])
+        size //= 2
+    return tokens.reshape(shape)
