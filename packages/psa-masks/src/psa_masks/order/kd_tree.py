@@ -119,7 +119,7 @@ def _split(places: Tensor) -> Tensor:
     size = shape[-1]
     places = places.flatten(0, -3)  # [nodes, size, m]
     tokens = torch.arange(size, device=places.device).expand(places.shape[0], size)
-    while size > 1:
+    while size > 2:  # two tokens are averaged by every level that averages at all
         axis = places.var(1, correction=0).argmax(-1)  # [nodes]
         along = places.gather(2, axis[:, None, None].expand(-1, size, 1)).squeeze(2)
         ranks = along.argsort(dim=1, stable=True)
