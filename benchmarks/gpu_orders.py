@@ -21,7 +21,7 @@ from triton.testing import do_bench
 
 import psa_masks
 from psa_kernels import kmeans
-from psa_masks import AttentionOrder, VideoGrid, gilbert_order, semantic_order
+from psa_masks import AttentionOrder, VideoGrid, gilbert_order, kd_tree_order, semantic_order
 from psa_masks.order.semantic import path_through
 
 GRID = VideoGrid(frames=18, height=48, width=80)
@@ -116,6 +116,18 @@ def layer_rows(num_clusters: int, query: Tensor, key: Tensor, value: Tensor) -> 
     return rows
 
 
+def tree_rows(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """A layer with the keys of each block by a k-d tree, and the tree alone."""
+
+    def make() -> AttentionOrder:
+        return AttentionOrder(None, kd_tree_order(query, key, block_kv=128))
+
+    return [
+        f"| KdTree, blocks of 128 | {milliseconds(lambda: make().apply(query, key, value)):.2f} |",
+        f"| its tree alone | {milliseconds(make):.2f} |",
+    ]
+
+
 def gather_rows(query: Tensor) -> list[str]:
     """Putting one tensor in order: as HeadOrder does, by rows of all heads in one, and as fast as memory copies."""
     order = semantic_order(query, 64, num_iterations=1)
@@ -137,6 +149,7 @@ def tables(
     lines = ["| what | ms |", "|---|---|", *curve_rows(grid, heads, dim, device), *gather_rows(query)]
     for num_clusters in CLUSTERS:
         lines += layer_rows(num_clusters, query, key, value)
+    lines += tree_rows(query, key, value)
     if dense:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             attention = milliseconds(lambda: scaled_dot_product_attention(query, key, value))

@@ -103,3 +103,28 @@ def test_wrong_arguments(change: dict[str, object], message: str) -> None:
     given_ = {"query": query, "key": key, "block_kv": 16} | change
     with pytest.raises(ValueError, match=message):
         kd_tree_order(given_.pop("query"), given_.pop("key"), **given_)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_host_does_not_wait() -> None:
+    grid = VideoGrid(frames=5, height=17, width=19, text=30)
+    query, key, value = make_qkv(
+        heads=4, kv_heads=2, q_len=grid.seq_len, head_dim=64, dtype=torch.bfloat16, device="cuda"
+    )
+    base = gilbert_order(grid)
+
+    def run() -> AttentionOrder:
+        order = AttentionOrder(base, kd_tree_order(query, key, block_kv=64, grid=grid, base=base))
+        order.undo(order.apply(query, key, value)[0])
+        return order
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        order, again = run(), run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert order.key is not None
+    places = torch.arange(grid.seq_len, device="cuda").expand(1, 2, -1)
+    assert torch.equal(order.key.order.sort(dim=-1).values, places)
+    assert torch.equal(order.apply(query, key, value)[1], again.apply(query, key, value)[1])
