@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import find, given, settings
+from hypothesis import Phase, find, given, settings
 from lib.backends import BACKENDS
 from lib.cases import assert_is_oracle
 from lib.strategies import cases
@@ -34,7 +34,8 @@ def test_density_is_the_work_counted_by_hand(case):
 
 
 def test_drawn_cases_shrink_to_one_block():
-    case = find(cases(), lambda case: True)
+    # The phase that explains comes after the smallest case with others, of which find would return the last.
+    case = find(cases(), lambda case: True, settings=settings(phases=(Phase.generate, Phase.shrink)))
     assert (case.q_len, case.kv_len, case.layout.num_q_blocks, case.layout.num_kv_blocks) == (1, 1, 1, 1)
     assert case.kv_lengths is None
     assert case.levels().tolist() == [[[[1]]]]
