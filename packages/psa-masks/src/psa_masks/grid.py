@@ -64,3 +64,17 @@ def check_grid(value: object) -> None:
     """The argument ``grid`` is a VideoGrid."""
     if not isinstance(value, VideoGrid):
         raise TypeError(f"grid must be a psa_masks.VideoGrid, got {type(value).__name__}")
+
+
+def video_range_of(grid: VideoGrid | None, length: int, name: str) -> tuple[int, int]:
+    """Where the video tokens of a sequence of ``length`` start and end; without a grid all are.
+
+    Raises:
+        TypeError, ValueError: ``grid`` is no grid of so many tokens as the argument ``name`` has.
+    """
+    if grid is None:
+        return 0, length
+    check_grid(grid)
+    if grid.seq_len != length:
+        raise ValueError(f"grid must have the {length} tokens of {name}, got {grid.seq_len} in {grid}")
+    return grid.video_range

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from psa_kernels import checks as kernel_checks
-from psa_masks.grid import VideoGrid, check_grid
+from psa_masks.grid import VideoGrid, video_range_of
 from psa_masks.order.head_order import HeadOrder
 from psa_masks.order.semantic import check_base
 from psa_masks.order.token_order import TokenOrder
@@ -61,12 +61,7 @@ def kd_tree_order(
     kernel_checks.integer("num_directions", num_directions)
     if not 1 <= num_directions <= head_dim:
         raise ValueError(f"num_directions must be 1 to the head_dim {head_dim}, got {num_directions}")
-    start, stop = 0, length
-    if grid is not None:
-        check_grid(grid)
-        if grid.seq_len != length:
-            raise ValueError(f"grid must have the {length} tokens of key, got {grid.seq_len} in {grid}")
-        start, stop = grid.video_range
+    start, stop = video_range_of(grid, length, "key")
     if base is not None:
         check_base(base, start, stop, length)
 

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from psa_kernels import checks as kernel_checks
 from psa_kernels import kmeans
-from psa_masks.grid import VideoGrid, check_grid
+from psa_masks.grid import VideoGrid, video_range_of
 from psa_masks.order.head_order import HeadOrder
 from psa_masks.order.token_order import TokenOrder
 
@@ -65,12 +65,7 @@ def semantic_order(
     """
     kernel_checks.sequence("x", x)
     length = x.shape[2]
-    start, stop = 0, length
-    if grid is not None:
-        check_grid(grid)
-        if grid.seq_len != length:
-            raise ValueError(f"grid must have the {length} tokens of x, got {grid.seq_len} in {grid}")
-        start, stop = grid.video_range
+    start, stop = video_range_of(grid, length, "x")
     if base is not None:
         check_base(base, start, stop, length)
     clusters = kmeans(
