@@ -177,7 +177,7 @@ def report_fastvideo(name: str) -> int:
         print(json.dumps(asdict(measure_fastvideo(SHAPES[name]))))
     # Another project's kernel, whose errors are of no known kinds. Whatever it raises is the remark in its row of the
     # table, and this process, which exists for that row alone, ends after it.
-    except Exception as error:
+    except Exception as error:  # other projects' kernels raise anything; the table says it, and the others go on
         print(reason(error))
         return 1
     return 0
