@@ -175,9 +175,8 @@ def report_fastvideo(name: str) -> int:
     """In the process of its own: prints the figures or the reason, and returns the exit status."""
     try:
         print(json.dumps(asdict(measure_fastvideo(SHAPES[name]))))
-    # Another project's kernel, whose errors are of no known kinds. Whatever it raises is the remark in its row of the
-    # table, and this process, which exists for that row alone, ends after it.
-    except Exception as error:  # other projects' kernels raise anything; the table says it, and the others go on
+    # What it raises is the remark in its row of the table, and this process, there for that row alone, ends after it.
+    except Exception as error:  # another project's kernel, whose errors are of no known kinds
         print(reason(error))
         return 1
     return 0

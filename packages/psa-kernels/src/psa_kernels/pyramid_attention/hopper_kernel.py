@@ -1,0 +1,489 @@
+"""What the forward kernel for Hopper runs on the device: see :mod:`psa_kernels.pyramid_attention.hopper_fwd`."""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Gluon is young and its functions change: of another Triton's nothing is known here.
+if not (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9):
+    raise ImportError(f"the kernel for Hopper compiles with Triton 3.6 to 3.9, this is {triton.__version__}")
+# The same functions by the names of Triton 3.9 and of 3.6.
+_copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+_copy_elements = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@gluon.jit
+def _level_ends(ends_ptr, level):
+    return gl.load(ends_ptr + level - 1), gl.load(ends_ptr + level)
+
+
+@gluon.jit
+def _tiles(first, last, log2_rows):
+    """Tiles that the blocks in slots ``first`` to ``last`` fill, of ``2**log2_rows`` rows each."""
+    return (((last - first) << log2_rows) + 127) >> 7
+
+
+@gluon.jit
+def _level_rows(kv_len, level):
+    """Rows of a pooled level, by which the next level's start further on."""
+    return (kv_len + (1 << (level - 1)) - 1) >> (level - 1)
+
+
+@gluon.jit
+def _place(plan_row, num_heads, num_q_blocks):
+    """Batch, head and query block of a row of the plan."""
+    return plan_row // (num_q_blocks * num_heads), plan_row // num_q_blocks % num_heads, plan_row % num_q_blocks
+
+
+@gluon.jit
+def _box_rows(slots_ptr, slot, last, num_kv_blocks, ROWS: gl.constexpr):
+    """First rows of the blocks that share a tile, int32 each, counted from the level's own first row. In a slot that is
+    not the level's lies a block past the last one, which a descriptor reads as zeros."""
+    rows = ()
+    for place in gl.static_range(128 // ROWS):
+        block = gl.load(slots_ptr + slot + place, mask=slot + place < last, other=num_kv_blocks)
+        rows += (block * ROWS,)
+    return rows
+
+
+@gluon.constexpr_function
+def _boxes_shape(count, box_shape):
+    """The shape of a ring as ``count`` boxes."""
+    return [count, *box_shape]
+
+
+@gluon.jit
+def _copy_level(
+    tile, ring, full, empty, source_tma, sequence, slots_ptr, first, last, num_kv_blocks,
+    ROWS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fill tiles [128, DIM] of a ring with the blocks of a level in slots ``first`` to ``last``, of ``ROWS`` rows each.
+
+    In a tile 64 columns lie together, row after row: a box of a block's rows and 64 columns fills bytes that follow
+    each other, and every block has its place.
+    """
+    PLACES: gl.constexpr = 128 // ROWS
+    PARTS: gl.constexpr = DIM // 64
+    boxes = _reinterpret(
+        ring, source_tma.dtype, _boxes_shape(STAGES * PARTS * PLACES, source_tma.block_shape), source_tma.layout
+    )
+    for slot in range(first, last, PLACES):
+        # Before the tile is free: a block's number takes as long to come as half a tile to compute.
+        rows = _box_rows(slots_ptr, slot, last, num_kv_blocks, ROWS)
+        stage = tile % STAGES
+        mbarrier.wait(empty.index(stage), (tile // STAGES & 1) ^ 1)
+        mbarrier.expect(full.index(stage), 128 * DIM * 2)
+        for place in gl.static_range(PLACES):
+            for part in gl.static_range(PARTS):
+                box = boxes.index((stage * PARTS + part) * PLACES + place)
+                corner = (rows[place], part * 64)
+                _copy_tile(source_tma, sequence + corner, full.index(stage), box)
+        tile += 1
+    return tile
+
+
+@gluon.jit
+def _load(
+    given, IS_KEYS: gl.constexpr, NUM_LEVELS: gl.constexpr, BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr,
+    DIM: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr,
+):  # fmt: skip
+    """What the warp does that loads queries and keys by descriptor, and the one that loads values."""
+    (
+        order_ptr, indices_ptr, plan_offsets_ptr, tmas, query_tma, queries, query_full, query_empty, ring, full, empty,
+        num_heads, group, num_q_blocks, num_kv_blocks, num_work, first_sequence,
+    ) = given  # fmt: skip
+    tile = 0
+    next_row = gl.load(order_ptr + gl.program_id(0))
+    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        plan_row = next_row
+        next_row = gl.load(order_ptr + gl.minimum(work + gl.num_programs(0), num_work - 1))
+        batch, head, q_block = _place(plan_row, num_heads, num_q_blocks)
+        kv_head = head // group
+        slots_ptr = indices_ptr + plan_row.to(gl.int64) * num_kv_blocks
+        ends_ptr = plan_offsets_ptr + plan_row.to(gl.int64) * (NUM_LEVELS + 1)
+
+        if IS_KEYS:
+            turn = work // gl.num_programs(0)
+            place = turn % QUERIES
+            mbarrier.wait(query_empty.index(place), (turn // QUERIES & 1) ^ 1)
+            mbarrier.expect(query_full.index(place), 128 * DIM * 2)
+            for half in gl.static_range(2):
+                _copy_tile(
+                    query_tma, [batch, head, q_block * 128 + half * 64, 0], query_full.index(place),
+                    queries.index(place * 2 + half),
+                )  # fmt: skip
+
+        for level in gl.static_range(1, BOX_LEVELS + 1):
+            first, last = _level_ends(ends_ptr, level)
+            sequence = (batch, kv_head) if level == 1 else (first_sequence + batch * (num_heads // group) + kv_head,)
+            tile = _copy_level(
+                tile, ring, full, empty, tmas[level - 1], sequence, slots_ptr, first, last, num_kv_blocks,
+                (1 << LOG2_BLOCK_KV) >> (level - 1), DIM, STAGES,
+            )  # fmt: skip
+        for level in range(BOX_LEVELS + 1, NUM_LEVELS + 1):
+            first, last = _level_ends(ends_ptr, level)
+            for _ in range(_tiles(first, last, LOG2_BLOCK_KV + 1 - level)):
+                stage = tile % STAGES
+                mbarrier.wait(empty.index(stage), (tile // STAGES & 1) ^ 1)
+                mbarrier.arrive(full.index(stage), count=1)
+                tile += 1
+
+
+@gluon.jit
+def _row_offsets(
+    part, slots_ptr, start, end, level_start, log2_rows, level_rows, DIM: gl.constexpr, HEAD_DIM: gl.constexpr
+):  # fmt: skip
+    """Where 32 of the rows of a tile lie, in elements from a sequence's first pooled row; -1 where there is none."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    position = start + part * 32 + gl.arange(0, 32, gl.SliceLayout(1, layout))
+    block = gl.load(slots_ptr + (position >> log2_rows), mask=position < end, other=0)
+    row = (block << log2_rows) + (position & ((1 << log2_rows) - 1))
+    return gl.where((position < end) & (row < level_rows), (level_start + row) * HEAD_DIM, -1)
+
+
+@gluon.jit
+def _gather_rows(rows, full, base_ptr, offsets, DIM: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Start to copy the 128 rows at ``offsets`` into a tile [128, DIM], zeros where there is none. ``full`` hears of it
+    from each thread, when its copies have arrived."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    for part in gl.static_range(4):
+        offset = offsets[part]
+        source = base_ptr + (gl.maximum(offset, 0)[:, None] + dim[None, :])
+        # 16 bytes at a time: what is known of an argument's alignment is not known to the warps that it is handed to.
+        source = gl.max_contiguous(gl.multiple_of(source, [16, 16]), [1, 8])
+        mask = (offset >= 0)[:, None] & (dim < HEAD_DIM)[None, :]
+        _copy_elements(rows.slice(part * 32, 32), source, mask=mask)
+    async_copy.mbarrier_arrive(full, increment_count=False)
+
+
+@gluon.jit
+def _gather(
+    given, NUM_LEVELS: gl.constexpr, BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
+    DIM: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
+):  # fmt: skip
+    """What the warps do that load the rows of blocks too small for a descriptor, several blocks to a tile."""
+    (
+        order_ptr, indices_ptr, plan_offsets_ptr, pooled_ptr,
+        keys, key_full, key_empty, values, value_full, value_empty,
+        num_heads, group, kv_len, num_q_blocks, num_kv_blocks, num_work, pooled_rows, sequences,
+    ) = given  # fmt: skip
+    tile = 0
+    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        plan_row = gl.load(order_ptr + work)
+        batch, head, _ = _place(plan_row, num_heads, num_q_blocks)
+        slots_ptr = indices_ptr + plan_row.to(gl.int64) * num_kv_blocks
+        ends_ptr = plan_offsets_ptr + plan_row.to(gl.int64) * (NUM_LEVELS + 1)
+        sequence = batch.to(gl.int64) * (num_heads // group) + head // group
+        key_ptr = pooled_ptr + sequence * pooled_rows * HEAD_DIM
+        value_ptr = key_ptr + sequences.to(gl.int64) * pooled_rows * HEAD_DIM
+        level_start = 0
+        for level in range(1, BOX_LEVELS + 1):
+            first, last = _level_ends(ends_ptr, level)
+            for _ in range(_tiles(first, last, LOG2_BLOCK_KV + 1 - level)):
+                stage = tile % KEYS
+                mbarrier.wait(key_empty.index(stage), (tile // KEYS & 1) ^ 1)
+                mbarrier.arrive(key_full.index(stage), count=128)
+                stage = tile % VALUES
+                mbarrier.wait(value_empty.index(stage), (tile // VALUES & 1) ^ 1)
+                mbarrier.arrive(value_full.index(stage), count=128)
+                tile += 1
+            if level > 1:
+                level_start += _level_rows(kv_len, level)
+        for level in range(BOX_LEVELS + 1, NUM_LEVELS + 1):
+            log2_rows = LOG2_BLOCK_KV + 1 - level
+            first, last = _level_ends(ends_ptr, level)
+            level_rows = _level_rows(kv_len, level)
+            end = last << log2_rows
+            for start in range(first << log2_rows, end, 128):
+                # Before the tile is free, as above.
+                offsets = (
+                    _row_offsets(0, slots_ptr, start, end, level_start, log2_rows, level_rows, DIM, HEAD_DIM),
+                    _row_offsets(1, slots_ptr, start, end, level_start, log2_rows, level_rows, DIM, HEAD_DIM),
+                    _row_offsets(2, slots_ptr, start, end, level_start, log2_rows, level_rows, DIM, HEAD_DIM),
+                    _row_offsets(3, slots_ptr, start, end, level_start, log2_rows, level_rows, DIM, HEAD_DIM),
+                )  # fmt: skip
+                stage = tile % KEYS
+                mbarrier.wait(key_empty.index(stage), (tile // KEYS & 1) ^ 1)
+                rows = keys.index(stage).reshape([128, DIM])
+                _gather_rows(rows, key_full.index(stage), key_ptr, offsets, DIM, HEAD_DIM)
+                stage = tile % VALUES
+                mbarrier.wait(value_empty.index(stage), (tile // VALUES & 1) ^ 1)
+                rows = values.index(stage).reshape([128, DIM])
+                _gather_rows(rows, value_full.index(stage), value_ptr, offsets, DIM, HEAD_DIM)
+                tile += 1
+            level_start += level_rows
+
+
+@gluon.jit
+def _end_level(scores, start, end, last_block, kv_len, level, scale_log2, LOG2_BLOCK_KV: gl.constexpr):
+    """Scores of a level's last tile: -inf past the last row that exists, and less where that stands for fewer tokens.
+
+    Only the sequence's last block may be a part of one, and a level's slots are sorted by block.
+    """
+    rows = 1 << (LOG2_BLOCK_KV + 1 - level)
+    tokens = kv_len - (last_block << LOG2_BLOCK_KV)
+    whole = gl.minimum(tokens >> (level - 1), rows)  # rows of the last block that stand for as many tokens as any
+    rows_end = end - rows + whole
+    if start + 128 > rows_end:
+        left = gl.where(whole < rows, tokens - (whole << (level - 1)), 0)  # tokens that the row after these stands for
+        less = (gl.log2(left.to(gl.float32)) - (level - 1).to(gl.float32)) / scale_log2
+        position = start + gl.arange(0, 128, gl.SliceLayout(0, scores.type.layout))
+        past = gl.where((position == rows_end)[None, :], scores + less, float("-inf"))
+        scores = gl.where((position < rows_end)[None, :], scores, past)
+    return scores
+
+
+@gluon.jit
+def _next_tile(
+    level, start, end, last_block, slots_ptr, ends_ptr, NUM_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr
+):  # fmt: skip
+    """Where the tile after ``start`` starts, its level and where that ends, in rows counted through the level's slots,
+    and the level's last block. There is none when ``start`` is not below ``end``."""
+    start += 128
+    while (start >= end) & (level < NUM_LEVELS):
+        level += 1
+        first, last = _level_ends(ends_ptr, level)
+        start, end = first << (LOG2_BLOCK_KV + 1 - level), last << (LOG2_BLOCK_KV + 1 - level)
+        last_block = gl.load(slots_ptr + gl.maximum(last - 1, 0))
+    return level, start, end, last_block
+
+
+@gluon.jit
+def _weigh(
+    scores, row_max, row_sum, level, start, end, last_block, kv_len, scale_log2,
+    LOG2_BLOCK_KV: gl.constexpr, DTYPE: gl.constexpr, WEIGHTS_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Weights of a tile as an operand, the new statistics, and by how much what has been summed decays."""
+    bias = (level - 1).to(gl.float32)
+    if start + 128 >= end:
+        scores = _end_level(scores, start, end, last_block, kv_len, level, scale_log2, LOG2_BLOCK_KV)
+    new_max = gl.maximum(row_max, gl.max(scores, axis=1) * scale_log2 + bias)
+    weights = gl.exp2(scores * scale_log2 - (new_max - bias)[:, None])
+    decay = gl.exp2(row_max - new_max)
+    row_sum = row_sum * decay + gl.sum(weights, axis=1)
+    return gl.convert_layout(weights.to(DTYPE), WEIGHTS_LAYOUT), decay, new_max, row_sum
+
+
+@gluon.jit
+def _product(left, right, acc, use_acc: gl.constexpr, is_gathered):
+    """Start ``left @ right + acc`` with a tile in shared memory."""
+    if is_gathered:
+        fence_async_shared()  # what threads wrote becomes visible to the tensor cores
+    return warpgroup_mma(left, right, acc, use_acc=use_acc, is_async=True)
+
+
+@gluon.jit
+def _attend(
+    tile, query, keys, values, key_full, key_empty, value_full, value_empty, slots_ptr, ends_ptr, kv_len, scale_log2,
+    NUM_LEVELS: gl.constexpr, BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr, DIM: gl.constexpr,
+    KEYS: gl.constexpr, VALUES: gl.constexpr,
+):  # fmt: skip
+    """Half a query block against all its tiles: the weighted sum [64, DIM], and each row's maximum and sum.
+
+    While the weights of a tile are worked out, the tensor cores multiply those of the one before with its values.
+    """
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    rows_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    out_rows_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
+    row_max = gl.full([64], float("-inf"), gl.float32, rows_layout)
+    row_sum = gl.full([64], 0.0, gl.float32, rows_layout)
+    acc = gl.full([64, DIM], 0.0, gl.float32, acc_layout)
+    no_scores = gl.full([64, 128], 0.0, gl.float32, scores_layout)
+    none = gl.to_tensor(0)
+    level, start, end, last_block = _next_tile(none, none, none, none, slots_ptr, ends_ptr, NUM_LEVELS, LOG2_BLOCK_KV)
+    if start < end:
+        stage = tile % KEYS
+        mbarrier.wait(key_full.index(stage), tile // KEYS & 1)
+        key = keys.index(stage).reshape([128, DIM]).permute([1, 0])
+        scores = warpgroup_mma_wait(0, deps=[_product(query, key, no_scores, False, level > BOX_LEVELS)])
+        mbarrier.arrive(key_empty.index(stage), count=1)
+        weights, decay, row_max, row_sum = _weigh(
+            scores, row_max, row_sum, level, start, end, last_block, kv_len, scale_log2,
+            LOG2_BLOCK_KV, keys.dtype, weights_layout,
+        )  # fmt: skip
+        is_gathered = level > BOX_LEVELS
+        level, start, end, last_block = _next_tile(
+            level, start, end, last_block, slots_ptr, ends_ptr, NUM_LEVELS, LOG2_BLOCK_KV
+        )
+        while start < end:
+            # The scores of the next tile, and behind them what the values of this one give.
+            key_stage = (tile + 1) % KEYS
+            value_stage = tile % VALUES
+            mbarrier.wait(key_full.index(key_stage), (tile + 1) // KEYS & 1)
+            key = keys.index(key_stage).reshape([128, DIM]).permute([1, 0])
+            scores = _product(query, key, no_scores, False, level > BOX_LEVELS)
+            mbarrier.wait(value_full.index(value_stage), tile // VALUES & 1)
+            summed = _product(weights, values.index(value_stage).reshape([128, DIM]), acc, True, is_gathered)
+            is_gathered = level > BOX_LEVELS
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(key_empty.index(key_stage), count=1)
+            weights, decay, row_max, row_sum = _weigh(
+                scores, row_max, row_sum, level, start, end, last_block, kv_len, scale_log2,
+                LOG2_BLOCK_KV, keys.dtype, weights_layout,
+            )  # fmt: skip
+            level, start, end, last_block = _next_tile(
+                level, start, end, last_block, slots_ptr, ends_ptr, NUM_LEVELS, LOG2_BLOCK_KV
+            )
+            acc = warpgroup_mma_wait(0, deps=[summed])
+            mbarrier.arrive(value_empty.index(value_stage), count=1)
+            acc = acc * gl.convert_layout(decay, out_rows_layout)[:, None]
+            tile += 1
+        value_stage = tile % VALUES
+        mbarrier.wait(value_full.index(value_stage), tile // VALUES & 1)
+        summed = _product(weights, values.index(value_stage).reshape([128, DIM]), acc, True, is_gathered)
+        acc = warpgroup_mma_wait(0, deps=[summed])
+        mbarrier.arrive(value_empty.index(value_stage), count=1)
+        tile += 1
+    return tile, acc, row_max, row_sum
+
+
+@gluon.jit
+def _compute(
+    given, PART: gl.constexpr, NUM_LEVELS: gl.constexpr, BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr,
+    DIM: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, QUERIES: gl.constexpr,
+):  # fmt: skip
+    """What a group of four warps does: one half of each query block."""
+    (
+        order_ptr, indices_ptr, plan_offsets_ptr, out_tma, lse_ptr,
+        queries, keys, values, query_full, query_empty, key_full, key_empty, value_full, value_empty,
+        num_heads, q_len, kv_len, num_q_blocks, num_kv_blocks, num_work, scale_log2,
+    ) = given  # fmt: skip
+    tile = 0
+    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        turn = work // gl.num_programs(0)
+        plan_row = gl.load(order_ptr + work)
+        slots_ptr = indices_ptr + plan_row.to(gl.int64) * num_kv_blocks
+        ends_ptr = plan_offsets_ptr + plan_row.to(gl.int64) * (NUM_LEVELS + 1)
+        place = turn % QUERIES
+        query = queries.index(place * 2 + PART).reshape([64, DIM])
+        mbarrier.wait(query_full.index(place), turn // QUERIES & 1)
+        tile, acc, row_max, row_sum = _attend(
+            tile, query, keys, values, key_full, key_empty, value_full, value_empty, slots_ptr, ends_ptr, kv_len,
+            scale_log2, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, KEYS, VALUES,
+        )  # fmt: skip
+
+        batch, head, q_block = _place(plan_row, num_heads, num_q_blocks)
+        rows_layout: gl.constexpr = row_sum.type.layout
+        out_rows_layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+        has_read = row_sum != 0  # true for NaN too: what is not a number shows
+        row_sum = gl.where(has_read, row_sum, 1.0)
+        lse = gl.where(has_read, (row_max + gl.log2(row_sum)) * 0.6931471805599453, float("-inf"))
+        lse_token = q_block * 128 + PART * 64 + gl.arange(0, 64, rows_layout)
+        gl.store(lse_ptr + (batch.to(gl.int64) * num_heads + head) * q_len + lse_token, lse, mask=lse_token < q_len)
+        # Through the place of the queries, which nothing reads any more.
+        out = acc * gl.convert_layout(1.0 / row_sum, out_rows_layout)[:, None]
+        query.store(out.to(out_tma.dtype))
+        fence_async_shared()
+        _store_tile(out_tma, [batch, head, q_block * 128 + PART * 64, 0], queries.index(place * 2 + PART))
+        tma.store_wait(0)
+        mbarrier.arrive(query_empty.index(place), count=1)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "num_heads",
+        "group",
+        "q_len",
+        "kv_len",
+        "num_q_blocks",
+        "num_kv_blocks",
+        "num_work",
+        "pooled_rows",
+        "sequences",
+    ]
+)
+def _forward_kernel(
+    query_tma, out_tma, key_tma, value_tma, level_2_tma, level_3_tma, level_4_tma, level_5_tma,
+    pooled_ptr, order_ptr, indices_ptr, plan_offsets_ptr, lse_ptr,
+    num_heads, group, q_len, kv_len, num_q_blocks, num_kv_blocks, num_work, pooled_rows, sequences, scale_log2,
+    NUM_LEVELS: gl.constexpr, BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
+    DIM: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, QUERIES: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = key_tma.dtype
+    key_tmas = (key_tma, level_2_tma, level_3_tma, level_4_tma, level_5_tma)
+    value_tmas = (value_tma, level_2_tma, level_3_tma, level_4_tma, level_5_tma)
+    queries = gl.allocate_shared_memory(dtype, [2 * QUERIES, 1, 1, 64, DIM], query_tma.layout)
+    keys = gl.allocate_shared_memory(dtype, [KEYS, 1, 1, 128, DIM], key_tma.layout)
+    values = gl.allocate_shared_memory(dtype, [VALUES, 1, 1, 128, DIM], key_tma.layout)
+    barriers: gl.constexpr = mbarrier.MBarrierLayout()
+    query_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], barriers)
+    query_empty = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], barriers)
+    key_full = gl.allocate_shared_memory(gl.int64, [KEYS, 1], barriers)
+    key_empty = gl.allocate_shared_memory(gl.int64, [KEYS, 1], barriers)
+    value_full = gl.allocate_shared_memory(gl.int64, [VALUES, 1], barriers)
+    value_empty = gl.allocate_shared_memory(gl.int64, [VALUES, 1], barriers)
+    # Empty once both groups say so. Full once the warp with the descriptors has said so and its bytes are there; where
+    # threads copy rows too, also once each of these has. Of a tile that is the other's to fill both say so at once: who
+    # did not look at every tile would take one turn of a barrier for another.
+    GATHER_THREADS: gl.constexpr = 128 if NUM_LEVELS > BOX_LEVELS else 0
+    for i in gl.static_range(QUERIES):
+        mbarrier.init(query_full.index(i), count=1)
+        mbarrier.init(query_empty.index(i), count=2)
+    for i in gl.static_range(KEYS):
+        mbarrier.init(key_full.index(i), count=GATHER_THREADS + 1)
+        mbarrier.init(key_empty.index(i), count=2)
+    for i in gl.static_range(VALUES):
+        mbarrier.init(value_full.index(i), count=GATHER_THREADS + 1)
+        mbarrier.init(value_empty.index(i), count=2)
+    UPPER: gl.constexpr = 0
+    LOWER: gl.constexpr = 1
+    IS_KEYS: gl.constexpr = True
+    IS_VALUES: gl.constexpr = False
+    key_sequence = gl.to_tensor(0)
+    compute = (
+        order_ptr, indices_ptr, plan_offsets_ptr, out_tma, lse_ptr,
+        queries, keys, values, query_full, query_empty, key_full, key_empty, value_full, value_empty,
+        num_heads, q_len, kv_len, num_q_blocks, num_kv_blocks, num_work, scale_log2,
+    )  # fmt: skip
+    load_keys = (
+        order_ptr, indices_ptr, plan_offsets_ptr,
+        key_tmas, query_tma, queries, query_full, query_empty, keys, key_full, key_empty,
+        num_heads, group, num_q_blocks, num_kv_blocks, num_work, key_sequence,
+    )  # fmt: skip
+    load_values = (
+        order_ptr, indices_ptr, plan_offsets_ptr,
+        value_tmas, query_tma, queries, query_full, query_empty, values, value_full, value_empty,
+        num_heads, group, num_q_blocks, num_kv_blocks, num_work, sequences,
+    )  # fmt: skip
+    gather = (
+        order_ptr, indices_ptr, plan_offsets_ptr, pooled_ptr,
+        keys, key_full, key_empty, values, value_full, value_empty,
+        num_heads, group, kv_len, num_q_blocks, num_kv_blocks, num_work, pooled_rows, sequences,
+    )  # fmt: skip
+    if GATHER_THREADS > 0:
+        gl.warp_specialize(
+            [
+                (_compute, (compute, UPPER, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, KEYS, VALUES, QUERIES)),
+                (_compute, (compute, LOWER, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, KEYS, VALUES, QUERIES)),
+                (_load, (load_keys, IS_KEYS, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, KEYS, QUERIES)),
+                (_load, (load_values, IS_VALUES, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, VALUES, QUERIES)),
+                (_gather, (gather, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, HEAD_DIM, DIM, KEYS, VALUES)),
+            ],
+            [4, 1, 1, 4],
+            [COMPUTE_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_compute, (compute, UPPER, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, KEYS, VALUES, QUERIES)),
+                (_compute, (compute, LOWER, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, KEYS, VALUES, QUERIES)),
+                (_load, (load_keys, IS_KEYS, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, KEYS, QUERIES)),
+                (_load, (load_values, IS_VALUES, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, VALUES, QUERIES)),
+            ],
+            [4, 1, 1],
+            [COMPUTE_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
+        )
