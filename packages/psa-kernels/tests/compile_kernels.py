@@ -194,9 +194,9 @@ def main() -> None:
         # Hopper's kernel, with warps that gather and without.
         tiles(torch.bfloat16, 128, 128, 128, False)
         qkv = make_qkv(q_len=100, head_dim=64, dtype=torch.bfloat16)
-        pyramid_attention(*qkv, random_levels(BlockLayout(100, 100, num_levels=1)), num_levels=1, impl="triton")
+        pyramid_attention(*qkv, random_levels(BlockLayout(100, 100, num_levels=4)), num_levels=4, impl="triton")
     kernels = ("forward", "order", "positions", "logits", "reduce", "groups", "scores", "plan", "pool", "similarity")
-    kernels += ("rank", "assign", "mean", "delta", "query", "key_value", "turn", "readers")
+    kernels += ("coarser", "rank", "assign", "mean", "delta", "query", "key_value", "turn", "readers")
     expected = {f"_{name}_kernel" for name in kernels}
     assert compiled == expected | ({"gluon_forward_kernel"} if capability == 90 else set()), compiled
 

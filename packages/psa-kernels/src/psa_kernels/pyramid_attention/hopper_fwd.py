@@ -1,11 +1,11 @@
 """Forward kernel for Hopper (capability 9.0), in Gluon: warps that load beside warps that compute.
 
 One warp loads queries and keys, and one values, by tensor descriptors (TMA): a block at a time, or several small ones,
-as boxes with a place each in one tile. Blocks of fewer than 16 rows (with blocks of 128 tokens those of level 5 and up)
-are gathered by four more warps. Two groups of four warps compute, each for half of a query block: the scores of a tile,
-and while its weights are worked out, what the values of the tile before give. In between lie rings of tiles in shared
-memory, each tile with a barrier that says full and one that says empty. Programs stay: the first tiles of a query block
-arrive while the last one's are computed.
+as boxes with a place each in one tile, where a level goes on after the one before. Blocks of fewer than 16 rows (with
+blocks of 128 tokens those of level 5 and up) are gathered by four more warps. Two groups of four warps compute, each
+for half of a query block: the scores of a tile, and while its weights are worked out, what the values of the tile
+before give. In between lie rings of tiles in shared memory, each tile with a barrier that says full and one that says
+empty. Programs stay: the first tiles of a query block arrive while the last one's are computed.
 
 :mod:`psa_kernels.pyramid_attention.triton_fwd` asks :func:`takes` for what it computes itself.
 """
@@ -25,8 +25,6 @@ BLOCK = 128
 _QUERY_TILES = 2
 _KEY_AND_VALUE_TILES = {64: (4, 4), 128: (3, 2)}
 """Tiles of keys and of values in the rings, by the columns of a tile."""
-MOST_LEVELS = {64: 1, 128: 8}
-"""With how many levels this kernel is the faster one, by the columns of a tile. It computes eight."""
 _REGISTERS = {False: (224, 56), True: (208, 48)}
 """Of a thread that computes and of one that loads, without and with warps that gather: 12 or 16 warps share 65,536."""
 
@@ -93,13 +91,9 @@ def takes(
     is_causal: bool,
     scale: float,
 ) -> bool:
-    """Whether the kernel computes a call, and is the faster one for it.
-
-    At head_dim 64 a tile has half the multiplications and as many weights; there three programs of the other kernel
-    share a multiprocessor, and with pooled levels they win.
-    """
+    """Whether the kernel computes a call."""
     head_dim = query.shape[3]
-    if not 64 <= head_dim <= 128 or head_dim % 8 or num_levels > MOST_LEVELS[_dim_tile(head_dim)]:
+    if not 64 <= head_dim <= 128 or head_dim % 8:
         return False
     if not is_hopper(query.device) or query.dtype not in (torch.float16, torch.bfloat16):
         return False

@@ -46,14 +46,17 @@ def _place(plan_row, num_heads, num_q_blocks):
 
 
 @gluon.jit
-def _box_rows(slots_ptr, slot, last, num_kv_blocks, ROWS: gl.constexpr):
-    """First rows of the blocks that share a tile, int32 each, counted from the level's own first row. In a slot that is
-    not the level's lies a block past the last one, which a descriptor reads as zeros."""
+def _boxes(slots_ptr, slot, first_place, last, num_kv_blocks, ROWS: gl.constexpr):
+    """First rows of the blocks that a level has in a tile, int32 each, counted from the level's own first row, and in
+    which places there are any: those from ``first_place`` on, as far as slots from ``slot`` to ``last`` go."""
     rows = ()
+    there = ()
     for place in gl.static_range(128 // ROWS):
-        block = gl.load(slots_ptr + slot + place, mask=slot + place < last, other=num_kv_blocks)
+        is_there = (place >= first_place) & (slot + place - first_place < last)
+        block = gl.load(slots_ptr + slot + place - first_place, mask=is_there, other=num_kv_blocks)
         rows += (block * ROWS,)
-    return rows
+        there += (is_there,)
+    return rows, there
 
 
 @gluon.constexpr_function
@@ -63,11 +66,10 @@ def _boxes_shape(count, box_shape):
 
 
 @gluon.jit
-def _copy_level(
-    tile, ring, full, empty, source_tma, sequence, slots_ptr, first, last, num_kv_blocks,
-    ROWS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+def _copy_boxes(
+    stage, rows, there, ring, full, source_tma, sequence, ROWS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """Fill tiles [128, DIM] of a ring with the blocks of a level in slots ``first`` to ``last``, of ``ROWS`` rows each.
+    """Copy blocks of ``ROWS`` rows to their places of a tile [128, DIM].
 
     In a tile 64 columns lie together, row after row: a box of a block's rows and 64 columns fills bytes that follow
     each other, and every block has its place.
@@ -77,17 +79,53 @@ def _copy_level(
     boxes = _reinterpret(
         ring, source_tma.dtype, _boxes_shape(STAGES * PARTS * PLACES, source_tma.block_shape), source_tma.layout
     )
-    for slot in range(first, last, PLACES):
+    for place in gl.static_range(PLACES):
+        for part in gl.static_range(PARTS):
+            box = boxes.index((stage * PARTS + part) * PLACES + place)
+            corner = (rows[place], part * 64)
+            _copy_tile(source_tma, sequence + corner, full.index(stage), box, pred=there[place])
+
+
+@gluon.jit
+def _copy_level(
+    tile, filled, ring, full, empty, source_tma, sequence, slots_ptr, first, last, num_kv_blocks,
+    ROWS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fill tiles of a ring with the blocks of a level in slots ``first`` to ``last``, of ``ROWS`` rows each, from row
+    ``filled`` of a tile on, and return where the next level goes on. As blocks become smaller from level to level,
+    they always fit."""
+    PLACES: gl.constexpr = 128 // ROWS
+    slot = first
+    while slot < last:
         # Before the tile is free: a block's number takes as long to come as half a tile to compute.
-        rows = _box_rows(slots_ptr, slot, last, num_kv_blocks, ROWS)
+        first_place = filled // ROWS
+        rows, there = _boxes(slots_ptr, slot, first_place, last, num_kv_blocks, ROWS)
         stage = tile % STAGES
-        mbarrier.wait(empty.index(stage), (tile // STAGES & 1) ^ 1)
-        mbarrier.expect(full.index(stage), 128 * DIM * 2)
-        for place in gl.static_range(PLACES):
-            for part in gl.static_range(PARTS):
-                box = boxes.index((stage * PARTS + part) * PLACES + place)
-                corner = (rows[place], part * 64)
-                _copy_tile(source_tma, sequence + corner, full.index(stage), box)
+        if filled == 0:
+            mbarrier.wait(empty.index(stage), (tile // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), 128 * DIM * 2)
+        _copy_boxes(stage, rows, there, ring, full, source_tma, sequence, ROWS, DIM, STAGES)
+        taken = gl.minimum(PLACES - first_place, last - slot)
+        slot += taken
+        filled += taken * ROWS
+        tile += filled >> 7
+        filled &= 127
+    return tile, filled
+
+
+@gluon.jit
+def _fill_up(
+    tile, filled, ring, full, source_tma, sequence, slots_ptr, num_kv_blocks,
+    ROWS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Zeros in a tile from row ``filled`` on, which a descriptor reads past a level's last block."""
+    if filled > 0:
+        rows = ()
+        there = ()
+        for place in gl.static_range(128 // ROWS):
+            rows += (num_kv_blocks * ROWS,)
+            there += (place * ROWS >= filled,)
+        _copy_boxes(tile % STAGES, rows, there, ring, full, source_tma, sequence, ROWS, DIM, STAGES)
         tile += 1
     return tile
 
@@ -123,13 +161,19 @@ def _load(
                     queries.index(place * 2 + half),
                 )  # fmt: skip
 
+        filled = 0  # rows of the tile that the levels before have filled
         for level in gl.static_range(1, BOX_LEVELS + 1):
             first, last = _level_ends(ends_ptr, level)
             sequence = (batch, kv_head) if level == 1 else (first_sequence + batch * (num_heads // group) + kv_head,)
-            tile = _copy_level(
-                tile, ring, full, empty, tmas[level - 1], sequence, slots_ptr, first, last, num_kv_blocks,
+            tile, filled = _copy_level(
+                tile, filled, ring, full, empty, tmas[level - 1], sequence, slots_ptr, first, last, num_kv_blocks,
                 (1 << LOG2_BLOCK_KV) >> (level - 1), DIM, STAGES,
             )  # fmt: skip
+            if level == BOX_LEVELS:
+                tile = _fill_up(
+                    tile, filled, ring, full, tmas[level - 1], sequence, slots_ptr, num_kv_blocks,
+                    (1 << LOG2_BLOCK_KV) >> (level - 1), DIM, STAGES,
+                )  # fmt: skip
         for level in range(BOX_LEVELS + 1, NUM_LEVELS + 1):
             first, last = _level_ends(ends_ptr, level)
             for _ in range(_tiles(first, last, LOG2_BLOCK_KV + 1 - level)):
@@ -188,18 +232,20 @@ def _gather(
         key_ptr = pooled_ptr + sequence * pooled_rows * HEAD_DIM
         value_ptr = key_ptr + sequences.to(gl.int64) * pooled_rows * HEAD_DIM
         level_start = 0
+        box_rows = 0
         for level in range(1, BOX_LEVELS + 1):
             first, last = _level_ends(ends_ptr, level)
-            for _ in range(_tiles(first, last, LOG2_BLOCK_KV + 1 - level)):
-                stage = tile % KEYS
-                mbarrier.wait(key_empty.index(stage), (tile // KEYS & 1) ^ 1)
-                mbarrier.arrive(key_full.index(stage), count=128)
-                stage = tile % VALUES
-                mbarrier.wait(value_empty.index(stage), (tile // VALUES & 1) ^ 1)
-                mbarrier.arrive(value_full.index(stage), count=128)
-                tile += 1
+            box_rows += (last - first) << (LOG2_BLOCK_KV + 1 - level)
             if level > 1:
                 level_start += _level_rows(kv_len, level)
+        for _ in range((box_rows + 127) >> 7):
+            stage = tile % KEYS
+            mbarrier.wait(key_empty.index(stage), (tile // KEYS & 1) ^ 1)
+            mbarrier.arrive(key_full.index(stage), count=128)
+            stage = tile % VALUES
+            mbarrier.wait(value_empty.index(stage), (tile // VALUES & 1) ^ 1)
+            mbarrier.arrive(value_full.index(stage), count=128)
+            tile += 1
         for level in range(BOX_LEVELS + 1, NUM_LEVELS + 1):
             log2_rows = LOG2_BLOCK_KV + 1 - level
             first, last = _level_ends(ends_ptr, level)
@@ -226,48 +272,83 @@ def _gather(
 
 
 @gluon.jit
-def _end_level(scores, start, end, last_block, kv_len, level, scale_log2, LOG2_BLOCK_KV: gl.constexpr):
-    """Scores of a level's last tile: -inf past the last row that exists, and less where that stands for fewer tokens.
-
-    Only the sequence's last block may be a part of one, and a level's slots are sorted by block.
-    """
+def _missing_rows(last_block, kv_len, level, LOG2_BLOCK_KV: gl.constexpr):
+    """Rows that the last block of a level lacks of those which stand for as many tokens as any, and the tokens that
+    the first of them stands for. Only the sequence's last block lacks any."""
     rows = 1 << (LOG2_BLOCK_KV + 1 - level)
     tokens = kv_len - (last_block << LOG2_BLOCK_KV)
-    whole = gl.minimum(tokens >> (level - 1), rows)  # rows of the last block that stand for as many tokens as any
-    rows_end = end - rows + whole
-    if start + 128 > rows_end:
-        left = gl.where(whole < rows, tokens - (whole << (level - 1)), 0)  # tokens that the row after these stands for
+    whole = gl.minimum(tokens >> (level - 1), rows)
+    return rows - whole, gl.where(whole < rows, tokens - (whole << (level - 1)), 0)
+
+
+@gluon.jit
+def _without_missing(scores, column, edge, missing, left, level, scale_log2):
+    """Scores of a level whose last block ends ahead of column ``edge``: -inf for the rows that it lacks, and less where
+    one stands for fewer tokens. A level's slots are sorted by block."""
+    if missing > 0:
         less = (gl.log2(left.to(gl.float32)) - (level - 1).to(gl.float32)) / scale_log2
-        position = start + gl.arange(0, 128, gl.SliceLayout(0, scores.type.layout))
-        past = gl.where((position == rows_end)[None, :], scores + less, float("-inf"))
-        scores = gl.where((position < rows_end)[None, :], scores, past)
+        partial = edge - missing
+        scores = gl.where((column == partial)[None, :], scores + less, scores)
+        scores = gl.where(((column > partial) & (column < edge))[None, :], float("-inf"), scores)
+    return scores
+
+
+@gluon.jit
+def _end_level(
+    scores, level, start, end, last_block, slots_ptr, ends_ptr, kv_len, scale_log2,
+    BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr,
+):  # fmt: skip
+    """Scores of a tile in which a level ends: of the levels after it more by what their rows stand for, of rows that do
+    not exist -inf."""
+    missing, left = _missing_rows(last_block, kv_len, level, LOG2_BLOCK_KV)
+    edge = end - start  # the column in which the rows of the level end
+    if (edge < 128) | (missing > 0):
+        column = gl.arange(0, 128, gl.SliceLayout(0, scores.type.layout))
+        scores = _without_missing(scores, column, edge, missing, left, level, scale_log2)
+        coarser = level
+        while (edge < 128) & (coarser < BOX_LEVELS):
+            coarser += 1
+            first, last = _level_ends(ends_ptr, coarser)
+            if first < last:
+                more = (coarser - level).to(gl.float32) / scale_log2
+                scores = gl.where((column >= edge)[None, :], scores + more, scores)
+                level = coarser
+                edge += (last - first) << (LOG2_BLOCK_KV + 1 - level)
+                missing, left = _missing_rows(gl.load(slots_ptr + last - 1), kv_len, level, LOG2_BLOCK_KV)
+                scores = _without_missing(scores, column, edge, missing, left, level, scale_log2)
+        scores = gl.where((column < edge)[None, :], scores, float("-inf"))
     return scores
 
 
 @gluon.jit
 def _next_tile(
-    level, start, end, last_block, slots_ptr, ends_ptr, NUM_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr
+    level, start, end, last_block, slots_ptr, ends_ptr,
+    NUM_LEVELS: gl.constexpr, BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr,
 ):  # fmt: skip
     """Where the tile after ``start`` starts, its level and where that ends, in rows counted through the level's slots,
     and the level's last block. There is none when ``start`` is not below ``end``."""
     start += 128
     while (start >= end) & (level < NUM_LEVELS):
+        # Rows of the next level that the tile before has, where levels share tiles.
+        had = gl.where(level < BOX_LEVELS, start - end, 0)
         level += 1
         first, last = _level_ends(ends_ptr, level)
-        start, end = first << (LOG2_BLOCK_KV + 1 - level), last << (LOG2_BLOCK_KV + 1 - level)
+        start, end = (first << (LOG2_BLOCK_KV + 1 - level)) + had, last << (LOG2_BLOCK_KV + 1 - level)
         last_block = gl.load(slots_ptr + gl.maximum(last - 1, 0))
     return level, start, end, last_block
 
 
 @gluon.jit
 def _weigh(
-    scores, row_max, row_sum, level, start, end, last_block, kv_len, scale_log2,
-    LOG2_BLOCK_KV: gl.constexpr, DTYPE: gl.constexpr, WEIGHTS_LAYOUT: gl.constexpr,
+    scores, row_max, row_sum, level, start, end, last_block, slots_ptr, ends_ptr, kv_len, scale_log2,
+    BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr, DTYPE: gl.constexpr, WEIGHTS_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Weights of a tile as an operand, the new statistics, and by how much what has been summed decays."""
     bias = (level - 1).to(gl.float32)
     if start + 128 >= end:
-        scores = _end_level(scores, start, end, last_block, kv_len, level, scale_log2, LOG2_BLOCK_KV)
+        scores = _end_level(
+            scores, level, start, end, last_block, slots_ptr, ends_ptr, kv_len, scale_log2, BOX_LEVELS, LOG2_BLOCK_KV
+        )
     new_max = gl.maximum(row_max, gl.max(scores, axis=1) * scale_log2 + bias)
     weights = gl.exp2(scores * scale_log2 - (new_max - bias)[:, None])
     decay = gl.exp2(row_max - new_max)
@@ -303,7 +384,9 @@ def _attend(
     acc = gl.full([64, DIM], 0.0, gl.float32, acc_layout)
     no_scores = gl.full([64, 128], 0.0, gl.float32, scores_layout)
     none = gl.to_tensor(0)
-    level, start, end, last_block = _next_tile(none, none, none, none, slots_ptr, ends_ptr, NUM_LEVELS, LOG2_BLOCK_KV)
+    level, start, end, last_block = _next_tile(
+        none, gl.to_tensor(-128), none, none, slots_ptr, ends_ptr, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV
+    )
     if start < end:
         stage = tile % KEYS
         mbarrier.wait(key_full.index(stage), tile // KEYS & 1)
@@ -311,12 +394,12 @@ def _attend(
         scores = warpgroup_mma_wait(0, deps=[_product(query, key, no_scores, False, level > BOX_LEVELS)])
         mbarrier.arrive(key_empty.index(stage), count=1)
         weights, decay, row_max, row_sum = _weigh(
-            scores, row_max, row_sum, level, start, end, last_block, kv_len, scale_log2,
-            LOG2_BLOCK_KV, keys.dtype, weights_layout,
+            scores, row_max, row_sum, level, start, end, last_block, slots_ptr, ends_ptr, kv_len, scale_log2,
+            BOX_LEVELS, LOG2_BLOCK_KV, keys.dtype, weights_layout,
         )  # fmt: skip
         is_gathered = level > BOX_LEVELS
         level, start, end, last_block = _next_tile(
-            level, start, end, last_block, slots_ptr, ends_ptr, NUM_LEVELS, LOG2_BLOCK_KV
+            level, start, end, last_block, slots_ptr, ends_ptr, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV
         )
         while start < end:
             # The scores of the next tile, and behind them what the values of this one give.
@@ -331,11 +414,11 @@ def _attend(
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(key_empty.index(key_stage), count=1)
             weights, decay, row_max, row_sum = _weigh(
-                scores, row_max, row_sum, level, start, end, last_block, kv_len, scale_log2,
-                LOG2_BLOCK_KV, keys.dtype, weights_layout,
+                scores, row_max, row_sum, level, start, end, last_block, slots_ptr, ends_ptr, kv_len, scale_log2,
+                BOX_LEVELS, LOG2_BLOCK_KV, keys.dtype, weights_layout,
             )  # fmt: skip
             level, start, end, last_block = _next_tile(
-                level, start, end, last_block, slots_ptr, ends_ptr, NUM_LEVELS, LOG2_BLOCK_KV
+                level, start, end, last_block, slots_ptr, ends_ptr, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV
             )
             acc = warpgroup_mma_wait(0, deps=[summed])
             mbarrier.arrive(value_empty.index(value_stage), count=1)

@@ -1,18 +1,24 @@
-"""Pooling in one pass: a program reads a run of tokens once and writes its rows of every level.
+"""Pooling in one pass: a program reads 64 tokens once and writes their rows of every level up to 5.
 
-It takes 32 tokens at a time, however long the run. Levels whose rows are longer add up sums of 32.
+Rows of more than 16 tokens are few, and few rows leave threads idle: a second kernel makes those, of the sums of 16
+that the first one leaves.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_kernels.layout import num_rows, pool_size
+from psa_kernels.layout import num_rows
 from psa_kernels.triton_device import on_device
 
 _DIM_TILE = 64
-_PART = 32
-"""Tokens at a time."""
+_RUN = 64
+"""Tokens that a program reads."""
+_RUN_LEVELS = 5
+"""Levels that it makes."""
+_SUMS = 32
+"""Rows of sums that a program of the second kernel reads."""
 
 
 @triton.jit
@@ -36,64 +42,63 @@ def _store_level(
 
 
 @triton.jit
-def _load_part(x_ptr, x_strides, first, end, head_dim, dim, PART: tl.constexpr):
-    """Tokens from ``first`` on, [PART, DIM_TILE], zeros from ``end`` on."""
-    token = tl.arange(0, PART)
-    offset = token[:, None] * x_strides[2] + dim[None, :] * x_strides[3]
-    mask = (first + token < end)[:, None] & (dim < head_dim)[None, :]
-    return tl.load(x_ptr + first * x_strides[2] + offset, mask=mask, other=0.0)
+def _of_program(num_runs, num_dim_tiles, num_heads):
+    """Batch, head, run and tile of columns of a program, int64 but for the last."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // num_dim_tiles
+    return row // num_runs // num_heads, row // num_runs % num_heads, row % num_runs, (pid % num_dim_tiles).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_heads", "kv_len", "rows_total", "num_runs", "num_dim_tiles"])
 def _pool_kernel(
-    x_ptr,
-    pooled_ptr,
-    kv_lengths_ptr,
-    x_strides,
-    num_heads,
-    kv_len,
-    head_dim,
-    rows_total,
-    num_runs,
-    num_dim_tiles,
-    HAS_LENGTHS: tl.constexpr,
-    NUM_LEVELS: tl.constexpr,
-    RUN: tl.constexpr,
-    PART: tl.constexpr,
-    PART_LEVELS: tl.constexpr,
-    DIM_TILE: tl.constexpr,
-):
-    PARTS: tl.constexpr = RUN // PART
-    pid = tl.program_id(0).to(tl.int64)
-    dim_tile = (pid % num_dim_tiles).to(tl.int32)
-    run = pid // num_dim_tiles % num_runs
-    head = pid // (num_dim_tiles * num_runs) % num_heads
-    batch = pid // (num_dim_tiles * num_runs * num_heads)
+    x_ptr, pooled_ptr, sums_ptr, kv_lengths_ptr, x_strides, num_heads, kv_len, head_dim, rows_total, num_runs,
+    num_dim_tiles, HAS_LENGTHS: tl.constexpr, NUM_LEVELS: tl.constexpr, RUN: tl.constexpr, DIM_TILE: tl.constexpr,
+):  # fmt: skip
+    """Levels 2 to ``NUM_LEVELS`` of a run, and the sums of the last one where ``sums_ptr`` is given."""
+    batch, head, run, dim_tile = _of_program(num_runs, num_dim_tiles, num_heads)
     end = kv_len
     if HAS_LENGTHS:
         end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch)).to(tl.int32)
-
     dim = dim_tile * DIM_TILE + tl.arange(0, DIM_TILE)
-    x_ptr += batch * x_strides[0] + head * x_strides[1]
-    pooled_ptr += (batch * num_heads + head) * rows_total * head_dim
+    token = tl.arange(0, RUN)
+    x_ptr += batch * x_strides[0] + head * x_strides[1] + run * RUN * x_strides[2]
+    offset = token[:, None] * x_strides[2] + dim[None, :] * x_strides[3]
+    mask = (run * RUN + token < end)[:, None] & (dim < head_dim)[None, :]
     acc_type: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    totals = tl.zeros([PARTS, DIM_TILE], acc_type)  # of each part
-    x = _load_part(x_ptr, x_strides, run * RUN, end, head_dim, dim, PART)
-    for part in tl.range(PARTS, num_stages=1, disable_licm=True):
-        place = run * PARTS + part
-        sums = x.to(acc_type)
-        if PARTS > 1:  # the next part is on its way while the rows of this one are stored
-            x = _load_part(x_ptr, x_strides, (place + 1) * PART, end, head_dim, dim, PART)
-        level_ptr = pooled_ptr
-        for level in tl.static_range(2, PART_LEVELS + 1):
-            sums, level_rows = _store_level(sums, level_ptr, place, kv_len, end, head_dim, dim, level, PART, DIM_TILE)
-            level_ptr += level_rows.to(tl.int64) * head_dim
-        if PARTS > 1:  # by now a part is one row
-            totals = tl.where((tl.arange(0, PARTS) == part)[:, None], sums, totals)
-    for level in tl.static_range(2, PART_LEVELS + 1):
+    sums = tl.load(x_ptr + offset, mask=mask, other=0.0).to(acc_type)  # [RUN, DIM_TILE]
+    pooled_ptr += (batch * num_heads + head) * rows_total * head_dim
+    for level in tl.static_range(2, NUM_LEVELS + 1):
+        sums, level_rows = _store_level(sums, pooled_ptr, run, kv_len, end, head_dim, dim, level, RUN, DIM_TILE)
+        pooled_ptr += level_rows.to(tl.int64) * head_dim
+    if sums_ptr is not None:
+        ROWS: tl.constexpr = sums.shape[0]
+        place = ((batch * num_heads + head) * num_runs + run) * ROWS * head_dim
+        row = tl.arange(0, ROWS)
+        tl.store(sums_ptr + place + row[:, None] * head_dim + dim[None, :], sums, mask=(dim < head_dim)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_heads", "kv_len", "rows_total", "num_sums", "num_dim_tiles"])
+def _coarser_kernel(
+    sums_ptr, pooled_ptr, kv_lengths_ptr, num_heads, kv_len, head_dim, rows_total, num_sums, num_dim_tiles,
+    HAS_LENGTHS: tl.constexpr, SUM_LEVEL: tl.constexpr, NUM_LEVELS: tl.constexpr, SUMS: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+):  # fmt: skip
+    """The levels after ``SUM_LEVEL``, to ``NUM_LEVELS``, of ``SUMS`` rows of its sums that follow each other."""
+    RUN: tl.constexpr = SUMS << (SUM_LEVEL - 1)
+    batch, head, run, dim_tile = _of_program(tl.cdiv(num_sums, SUMS), num_dim_tiles, num_heads)
+    end = kv_len
+    if HAS_LENGTHS:
+        end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch)).to(tl.int32)
+    dim = dim_tile * DIM_TILE + tl.arange(0, DIM_TILE)
+    row = tl.arange(0, SUMS)
+    sums_ptr += ((batch * num_heads + head) * num_sums + run * SUMS) * head_dim
+    mask = (run * SUMS + row < num_sums)[:, None] & (dim < head_dim)[None, :]
+    sums = tl.load(sums_ptr + row[:, None] * head_dim + dim[None, :], mask=mask, other=0.0)  # [SUMS, DIM_TILE]
+    pooled_ptr += (batch * num_heads + head) * rows_total * head_dim
+    for level in tl.static_range(2, SUM_LEVEL + 1):
         pooled_ptr += tl.cdiv(kv_len, 1 << (level - 1)).to(tl.int64) * head_dim
-    for level in tl.static_range(PART_LEVELS + 1, NUM_LEVELS + 1):
-        totals, level_rows = _store_level(totals, pooled_ptr, run, kv_len, end, head_dim, dim, level, RUN, DIM_TILE)
+    for level in tl.static_range(SUM_LEVEL + 1, NUM_LEVELS + 1):
+        sums, level_rows = _store_level(sums, pooled_ptr, run, kv_len, end, head_dim, dim, level, RUN, DIM_TILE)
         pooled_ptr += level_rows.to(tl.int64) * head_dim
 
 
@@ -103,28 +108,24 @@ def _pool_into(pooled: Tensor, x: Tensor, kv_lengths: Tensor | None, num_levels:
         return
     batch, heads, kv_len, head_dim = x.shape
     kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
-    run = max(_PART, pool_size(num_levels))
-    num_runs = triton.cdiv(kv_len, run)
+    num_runs = triton.cdiv(kv_len, _RUN)
     num_dim_tiles = triton.cdiv(head_dim, _DIM_TILE)
+    sums = None
+    if num_levels > _RUN_LEVELS:
+        num_sums = num_runs * (_RUN >> (_RUN_LEVELS - 1))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        sums = torch.empty((batch, heads, num_sums, head_dim), dtype=dtype, device=x.device)
     with on_device(x):
         _pool_kernel[(batch * heads * num_runs * num_dim_tiles,)](
-            x,
-            pooled,
-            kv_lengths,
-            x.stride(),
-            heads,
-            kv_len,
-            head_dim,
-            pooled.shape[2],
-            num_runs,
-            num_dim_tiles,
-            HAS_LENGTHS=kv_lengths is not None,
-            NUM_LEVELS=num_levels,
-            RUN=run,
-            PART=_PART,
-            PART_LEVELS=min(num_levels, _PART.bit_length()),
-            DIM_TILE=_DIM_TILE,
-        )
+            x, pooled, sums, kv_lengths, x.stride(), heads, kv_len, head_dim, pooled.shape[2], num_runs, num_dim_tiles,
+            HAS_LENGTHS=kv_lengths is not None, NUM_LEVELS=min(num_levels, _RUN_LEVELS), RUN=_RUN, DIM_TILE=_DIM_TILE,
+        )  # fmt: skip
+        if sums is not None:
+            _coarser_kernel[(batch * heads * triton.cdiv(num_sums, _SUMS) * num_dim_tiles,)](
+                sums, pooled, kv_lengths, heads, kv_len, head_dim, pooled.shape[2], num_sums, num_dim_tiles,
+                HAS_LENGTHS=kv_lengths is not None, SUM_LEVEL=_RUN_LEVELS, NUM_LEVELS=num_levels, SUMS=_SUMS,
+                DIM_TILE=_DIM_TILE,
+            )  # fmt: skip
 
 
 def _pooled_rows(kv_len: int, num_levels: int) -> int:
