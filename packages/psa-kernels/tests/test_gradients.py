@@ -238,6 +238,37 @@ def test_values_share_the_gradient_of_their_row(backend):
     assert_within_error_budget(value.grad, exact, exact.float())
 
 
+def test_size_of_logits_leaves_weights_alone(backend):
+    """What is added to all keys adds to all logits of a query alike, and weights stay what they were.
+
+    The log-sum-exp, from which they are recomputed, is then rounded at its new size. Token t has feature t alone as the
+    gradient of its output, so that the gradient of the values is the weights, and each query's add up to one. Multiples
+    of an eighth make scores exact.
+    """
+    if backend.impl != "triton":
+        pytest.skip("weights of the torch implementation are as exact as the log-sum-exp, like the oracle's")
+    layout = BlockLayout(32, 80, block_q=32, block_kv=32, num_levels=3)
+    plan = LevelPlan.from_levels(torch.tensor([[[[1, 3, 1]]]], dtype=torch.int8, device=backend.device), layout)
+    made = make_qkv(heads=1, q_len=32, kv_len=80, head_dim=32, device=backend.device)
+    query, key, value = ((x * 4).round() / 8 for x in made)
+    query += 4
+    identity = torch.eye(32, device=backend.device)[None, None]
+
+    def sums(key, impl, dtype=torch.float32):
+        qkv = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        options = {"block_q": 32, "block_kv": 32, "num_levels": 3, "scale": 0.125, "return_lse": True, "impl": impl}
+        out, lse = pyramid_attention(*qkv, plan, **options)
+        (of_value,) = torch.autograd.grad(out, qkv[2], identity.to(dtype))
+        return of_value.sum(dim=2), lse
+
+    exact, small = sums(key, "reference", torch.float64)
+    low, _ = sums(key, "reference")
+    got, large = sums(key + 5, backend.impl)
+    assert small.max() < 10
+    assert 60 < large.min() < large.max() < 100
+    assert_within_error_budget(got, exact, low)
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides_do_not_matter(backend, view):
     if interpreted(backend) and view not in ("expanded",):

@@ -5,6 +5,10 @@ The rows of a level lie side by side, so a program for keys and values takes a t
 several blocks, of which each query block then reads some. Levels 2 and up come first and leave what each token of a row
 gets in the row's own place, in the dtype of the inputs; the program of a tile of tokens adds that of its rows to its
 own.
+
+The log-sum-exp was rounded at its own size, which puts all weights of a query off by one factor, in float32 by more
+than anything else does. The queries' kernel meets all that a query reads, so there it adds up the weights as well, and
+both kernels divide by the sum, which is 1 but for rounding.
 """
 
 import torch
@@ -75,29 +79,38 @@ def _row_counts(row, level, kv_end):
 
 @triton.jit
 def _add_to_query(
-    acc, query, grad_out, log2_sum, delta, q_position, key_ptr, value_ptr, key_strides, value_strides,
+    acc, total, query, grad_out, log2_sum, delta, q_position, key_ptr, value_ptr, key_strides, value_strides,
     row, exists, level_start, level, kv_end, scale_log2, dim,
     HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what a tile of rows [TILE_N] gives to the gradient of the queries [TILE_M, DIM], before the scale."""
+    """Add what a tile of rows [TILE_N] gives to the gradient of the queries [TILE_M, DIM], before the scale.
+
+    In float32 its weights are added to their sum ``total`` [TILE_M] too.
+    """
     count = _row_counts(row, level, kv_end)
     exists = exists & (count > 0)
     mask = exists[:, None] & (dim < HEAD_DIM)[None, :]
     key = _load_rows(key_ptr, key_strides, level_start + row, dim, mask)  # [TILE_N, DIM]
     value = _load_rows(value_ptr, value_strides, level_start + row, dim, mask)
     bias = tl.where(exists, tl.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
-    logits = dot_rows(query, key, PRECISION) * scale_log2 + bias[None, :]
-    weights = tl.exp2(logits - log2_sum[:, None])
+    scores = dot_rows(query, key, PRECISION)
+    if PRECISION == "ieee":
+        # In the order in which the rows' kernel does it, so that the sum is of its weights.
+        weights = tl.exp2(scores * scale_log2 - log2_sum[:, None] + bias[None, :])
+    else:
+        weights = tl.exp2(scores * scale_log2 + bias[None, :] - log2_sum[:, None])
     if MASKED:
         weights = tl.where(row[None, :] <= q_position[:, None], weights, 0.0)
+    if PRECISION == "ieee":
+        total += tl.sum(weights, axis=1)
     grad_weights = dot_rows(grad_out, value, PRECISION)
     grad_logits = weights * (grad_weights - delta[:, None])
-    return tl.dot(grad_logits.to(key.dtype), key, acc, input_precision=PRECISION)
+    return tl.dot(grad_logits.to(key.dtype), key, acc, input_precision=PRECISION), total
 
 
 @triton.jit
 def _through_level(
-    acc, query, grad_out, log2_sum, delta, q_position, key_ptr, value_ptr, key_strides, value_strides,
+    acc, total, query, grad_out, log2_sum, delta, q_position, key_ptr, value_ptr, key_strides, value_strides,
     slots_ptr, first, last, level_start, level, log2_rows, kv_end, scale_log2, dim,
     LARGE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,9 +122,9 @@ def _through_level(
             row = (block * tiles + n % tiles) * TILE_N + tl.arange(0, TILE_N)
             # Read one iteration ahead, so that no tile waits for its number.
             block = tl.load(slots_ptr + tl.minimum((n + 1) // tiles, last - 1))
-            acc = _add_to_query(
-                acc, query, grad_out, log2_sum, delta, q_position, key_ptr, value_ptr, key_strides, value_strides,
-                row, row >= 0, level_start, level, kv_end, scale_log2, dim, HEAD_DIM, MASKED, PRECISION,
+            acc, total = _add_to_query(
+                acc, total, query, grad_out, log2_sum, delta, q_position, key_ptr, value_ptr, key_strides,
+                value_strides, row, row >= 0, level_start, level, kv_end, scale_log2, dim, HEAD_DIM, MASKED, PRECISION,
             )  # fmt: skip
     else:
         for n in tl.range(first << log2_rows, last << log2_rows, TILE_N, disable_licm=True):
@@ -119,24 +132,24 @@ def _through_level(
             in_level = position < (last << log2_rows)
             block = tl.load(slots_ptr + (position >> log2_rows), mask=in_level, other=0)  # [TILE_N]
             row = (block << log2_rows) + (position & ((1 << log2_rows) - 1))
-            acc = _add_to_query(
-                acc, query, grad_out, log2_sum, delta, q_position, key_ptr, value_ptr, key_strides, value_strides,
-                row, in_level, level_start, level, kv_end, scale_log2, dim, HEAD_DIM, MASKED, PRECISION,
+            acc, total = _add_to_query(
+                acc, total, query, grad_out, log2_sum, delta, q_position, key_ptr, value_ptr, key_strides,
+                value_strides, row, in_level, level_start, level, kv_end, scale_log2, dim, HEAD_DIM, MASKED, PRECISION,
             )  # fmt: skip
-    return acc
+    return acc, total
 
 
 @triton.jit(do_not_specialize=["num_heads", "group", "q_len", "kv_len", "num_q_blocks", "num_kv_blocks"])
 def _query_kernel(
     query_ptr, key_ptr, value_ptr, pooled_ptr, grad_out_ptr, log2_sum_ptr, delta_ptr, indices_ptr, plan_offsets_ptr,
-    order_ptr, kv_lengths_ptr, grad_query_ptr,
+    order_ptr, kv_lengths_ptr, grad_query_ptr, inverse_sum_ptr,
     query_strides, key_strides, value_strides, pooled_strides, grad_out_strides, grad_query_strides,
     num_heads, group, q_len, kv_len, num_q_blocks, num_kv_blocks, scale, scale_log2,
     BLOCK_Q: tl.constexpr, LOG2_BLOCK_KV: tl.constexpr, NUM_LEVELS: tl.constexpr, LARGE_LEVELS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one query tile."""
+    """The gradient of one query tile, and in float32 one over the sum of each query's weights."""
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     batch, head, q_block, tile, plan_row = _place(order_ptr, tl.program_id(0), num_heads, num_q_blocks, TILES)
     slots_ptr = indices_ptr + plan_row * num_kv_blocks
@@ -158,9 +171,10 @@ def _query_kernel(
     row_strides = (0, 0, HEAD_DIM, 1)
 
     acc = tl.zeros([TILE_M, DIM_TILE], tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
     last = tl.load(ends_ptr + 1)
-    acc = _through_level(
-        acc, query, grad_out, log2_sum, delta, q_position, _sequence(key_ptr, key_strides, batch, kv_head),
+    acc, total = _through_level(
+        acc, total, query, grad_out, log2_sum, delta, q_position, _sequence(key_ptr, key_strides, batch, kv_head),
         _sequence(value_ptr, value_strides, batch, kv_head), key_strides, value_strides,
         slots_ptr, 0, last, 0, 1, LOG2_BLOCK_KV, kv_end, scale_log2, dim,
         LARGE_LEVELS >= 1, HEAD_DIM, TILE_N, IS_CAUSAL, PRECISION,
@@ -168,21 +182,25 @@ def _query_kernel(
     level_start = 0
     for level in range(2, LARGE_LEVELS + 1):
         first, last = last, tl.load(ends_ptr + level)
-        acc = _through_level(
-            acc, query, grad_out, log2_sum, delta, q_position, pooled_key_ptr, pooled_value_ptr, row_strides,
+        acc, total = _through_level(
+            acc, total, query, grad_out, log2_sum, delta, q_position, pooled_key_ptr, pooled_value_ptr, row_strides,
             row_strides, slots_ptr, first, last, level_start, level, LOG2_BLOCK_KV + 1 - level, kv_end, scale_log2, dim,
             True, HEAD_DIM, TILE_N, False, PRECISION,
         )  # fmt: skip
         level_start += _level_rows(kv_len, level)
     for level in range(max(LARGE_LEVELS, 1) + 1, NUM_LEVELS + 1):
         first, last = last, tl.load(ends_ptr + level)
-        acc = _through_level(
-            acc, query, grad_out, log2_sum, delta, q_position, pooled_key_ptr, pooled_value_ptr, row_strides,
+        acc, total = _through_level(
+            acc, total, query, grad_out, log2_sum, delta, q_position, pooled_key_ptr, pooled_value_ptr, row_strides,
             row_strides, slots_ptr, first, last, level_start, level, LOG2_BLOCK_KV + 1 - level, kv_end, scale_log2, dim,
             False, HEAD_DIM, TILE_N, False, PRECISION,
         )  # fmt: skip
         level_start += _level_rows(kv_len, level)
 
+    if PRECISION == "ieee":
+        inverse_sum = 1.0 / tl.where(total > 0.0, total, 1.0)  # nothing to read adds up to nothing
+        acc *= inverse_sum[:, None]
+        tl.store(inverse_sum_ptr + statistics, inverse_sum, mask=in_q)
     offset = token[:, None] * grad_query_strides[2] + dim.to(tl.int64)[None, :] * grad_query_strides[3]
     grad_query_ptr = _sequence(grad_query_ptr, grad_query_strides, batch, head)
     tl.store(grad_query_ptr + offset, (acc * scale).to(query.dtype), mask=q_mask)
@@ -206,7 +224,8 @@ def _load_queries(ptr, tma, strides, batch, head, first, token, exists, dim, HEA
 @triton.jit
 def _add_to_rows(
     grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, query_tma, grad_out_tma, log2_sum_ptr, delta_ptr,
-    query_strides, grad_out_strides, batch, head, first_token, token, exists, q_len, shift, reads, scale_log2, dim,
+    inverse_sum_ptr, query_strides, grad_out_strides, batch, head, first_token, token, exists, q_len, shift, reads,
+    scale_log2, dim,
     HEAD_DIM: tl.constexpr, SMALL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what a tile of queries gives to the gradients of the rows [TILE_N, DIM], divided by the tokens that each
@@ -223,6 +242,8 @@ def _add_to_rows(
     delta = tl.load(delta_ptr + statistics, mask=exists, other=0.0)
     scores = dot_rows(key, query, PRECISION)  # [TILE_N, TILE_M]
     weights = tl.exp2(scores * scale_log2 - log2_sum[None, :])
+    if PRECISION == "ieee":
+        weights *= tl.load(inverse_sum_ptr + statistics, mask=exists, other=0.0)[None, :]
     if SMALL:
         weights = tl.where(reads, weights, 0.0)
     if MASKED:
@@ -241,8 +262,8 @@ def _add_to_rows(
 @triton.jit
 def _through_readers(
     grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, query_tma, grad_out_tma, log2_sum_ptr, delta_ptr,
-    query_strides, grad_out_strides, list_ptr, first, last, level_map_ptr, level, batch, kv_head, group, q_len, shift,
-    num_q_blocks, num_kv_blocks, scale_log2, dim,
+    inverse_sum_ptr, query_strides, grad_out_strides, list_ptr, first, last, level_map_ptr, level, batch, kv_head,
+    group, q_len, shift, num_q_blocks, num_kv_blocks, scale_log2, dim,
     BLOCK_Q: tl.constexpr, LOG2_BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr,
     SMALL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -263,8 +284,8 @@ def _through_readers(
             reader = tl.load(list_ptr + tl.minimum((n + 1) // TILES, last - 1))
             grad_key, grad_value = _add_to_rows(
                 grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, query_tma, grad_out_tma, log2_sum_ptr,
-                delta_ptr, query_strides, grad_out_strides, batch, head, first_token, token, token < q_len, q_len,
-                shift, reads, scale_log2, dim, HEAD_DIM, SMALL, MASKED, PRECISION,
+                delta_ptr, inverse_sum_ptr, query_strides, grad_out_strides, batch, head, first_token, token,
+                token < q_len, q_len, shift, reads, scale_log2, dim, HEAD_DIM, SMALL, MASKED, PRECISION,
             )  # fmt: skip
     else:
         block = row >> (LOG2_BLOCK_KV + 1 - level)
@@ -279,8 +300,9 @@ def _through_readers(
                 reads = tl.load(place, mask=reads, other=0) == level  # [TILE_N, TILE_M]
             grad_key, grad_value = _add_to_rows(
                 grad_key, grad_value, key, value, row, query_ptr, grad_out_ptr, None, None, log2_sum_ptr,
-                delta_ptr, query_strides, grad_out_strides, batch, kv_head * group + readers // num_q_blocks, 0, token,
-                listed & (token < q_len), q_len, shift, reads, scale_log2, dim, HEAD_DIM, SMALL, MASKED, PRECISION,
+                delta_ptr, inverse_sum_ptr, query_strides, grad_out_strides, batch,
+                kv_head * group + readers // num_q_blocks, 0, token, listed & (token < q_len), q_len, shift, reads,
+                scale_log2, dim, HEAD_DIM, SMALL, MASKED, PRECISION,
             )  # fmt: skip
     return grad_key, grad_value
 
@@ -303,8 +325,8 @@ def _add_coarser(grad, rows_ptr, token, mask, kv_len, dim, NUM_LEVELS: tl.conste
     ]
 )  # fmt: skip
 def _key_value_kernel(
-    query_ptr, key_ptr, value_ptr, grad_out_ptr, query_tma, grad_out_tma, log2_sum_ptr, delta_ptr, lists_ptr, ends_ptr,
-    level_map_ptr, kv_lengths_ptr, pooled_ptr, grad_key_ptr, grad_value_ptr,
+    query_ptr, key_ptr, value_ptr, grad_out_ptr, query_tma, grad_out_tma, log2_sum_ptr, delta_ptr, inverse_sum_ptr,
+    lists_ptr, ends_ptr, level_map_ptr, kv_lengths_ptr, pooled_ptr, grad_key_ptr, grad_value_ptr,
     query_strides, key_strides, value_strides, grad_out_strides,
     num_heads, group, q_len, kv_len, num_q_blocks, num_kv_blocks, pooled_rows, num_tiles, first_level, scale,
     scale_log2,
@@ -351,12 +373,14 @@ def _key_value_kernel(
     key = _load_rows(_sequence(key_ptr, key_strides, batch, kv_head), key_strides, level_start + row, dim, mask)
     value = _load_rows(_sequence(value_ptr, value_strides, batch, kv_head), value_strides, level_start + row, dim, mask)
     batch_queries = batch.to(tl.int64) * num_heads * q_len
+    if PRECISION == "ieee":
+        inverse_sum_ptr += batch_queries
     grad_key, grad_value = _through_readers(
         tl.zeros([TILE_N, DIM_TILE], tl.float32), tl.zeros([TILE_N, DIM_TILE], tl.float32), key, value, row,
         query_ptr + batch.to(tl.int64) * query_strides[0], grad_out_ptr + batch.to(tl.int64) * grad_out_strides[0],
-        query_tma, grad_out_tma, log2_sum_ptr + batch_queries, delta_ptr + batch_queries, query_strides,
-        grad_out_strides, lists_ptr, first, last, level_map_ptr, level, batch, kv_head, group, q_len, kv_len - q_len,
-        num_q_blocks, num_kv_blocks, scale_log2, dim,
+        query_tma, grad_out_tma, log2_sum_ptr + batch_queries, delta_ptr + batch_queries, inverse_sum_ptr,
+        query_strides, grad_out_strides, lists_ptr, first, last, level_map_ptr, level, batch, kv_head, group, q_len,
+        kv_len - q_len, num_q_blocks, num_kv_blocks, scale_log2, dim,
         BLOCK_Q, LOG2_BLOCK_KV, HEAD_DIM, TILE_M, SMALL, MASKED, PRECISION,
     )  # fmt: skip
     grad_key *= scale
@@ -386,6 +410,7 @@ def _key_value_gradients(
     grad_out: Tensor,
     log2_sum: Tensor,
     delta: Tensor,
+    inverse_sum: Tensor | None,
     indices: Tensor,
     offsets: Tensor,
     kv_lengths: Tensor | None,
@@ -395,7 +420,10 @@ def _key_value_gradients(
     scale: float,
     tile: BackwardTile,
 ) -> tuple[Tensor, Tensor]:
-    """Coarse levels first, as the program of a tile of tokens adds what theirs leave in ``pooled``."""
+    """Coarse levels first, as the program of a tile of tokens adds what theirs leave in ``pooled``.
+
+    ``inverse_sum``, which float32 alone has, is what the queries' kernel left.
+    """
     batch, heads, q_len, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1:3]
     num_q_blocks, num_kv_blocks = indices.shape[2:]
@@ -423,8 +451,8 @@ def _key_value_gradients(
         rows = (key, value) if tokens else (pooled[0], pooled[1])
         num_tiles = count_tiles(num_kv_blocks, first_level, last_level, block_kv, tile.held)
         _key_value_kernel[(batch * num_kv_heads * num_tiles,)](
-            query, *rows, grad_out, *by_descriptor, log2_sum, delta, lists, ends, turned, kv_lengths, pooled,
-            grad_key, grad_value,
+            query, *rows, grad_out, *by_descriptor, log2_sum, delta, inverse_sum, lists, ends, turned, kv_lengths,
+            pooled, grad_key, grad_value,
             query.stride(), rows[0].stride(), rows[1].stride(), grad_out.stride(),
             heads, heads // num_kv_heads, q_len, kv_len, num_q_blocks, num_kv_blocks, pooled.shape[3], num_tiles,
             first_level, scale, scale * _LOG2_E,
@@ -473,6 +501,7 @@ def backward(
     dim_tile = _dim_tile(head_dim)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     log2_sum, delta = (torch.empty(lse.shape, dtype=torch.float32, device=query.device) for _ in range(2))
+    inverse_sum = torch.empty_like(log2_sum) if query.dtype == torch.float32 else None
     with on_device(query):
         of_queries, of_rows = choose_backward_tiles(
             block_q=block_q,
@@ -489,6 +518,7 @@ def backward(
         order = heavy_first(offsets, num_kv_blocks, block_kv)
         _query_kernel[(batch * heads * num_q_blocks * triton.cdiv(block_q, of_queries.held),)](
             query, key, value, pooled, grad_out, log2_sum, delta, indices, offsets, order, kv_lengths, grad_query,
+            inverse_sum,
             query.stride(), key.stride(), value.stride(), pooled.stride(), grad_out.stride(), grad_query.stride(),
             heads, heads // key.shape[1], q_len, key.shape[2], num_q_blocks, num_kv_blocks, scale, scale * _LOG2_E,
             BLOCK_Q=block_q, LOG2_BLOCK_KV=block_kv.bit_length() - 1, NUM_LEVELS=num_levels,
@@ -498,7 +528,7 @@ def backward(
             num_warps=of_queries.num_warps, num_stages=of_queries.num_stages,
         )  # fmt: skip
         grad_key, grad_value = _key_value_gradients(
-            query, key, value, pooled, grad_out, log2_sum, delta, indices, offsets, kv_lengths, block_q, block_kv,
-            is_causal, scale, of_rows,
+            query, key, value, pooled, grad_out, log2_sum, delta, inverse_sum, indices, offsets, kv_lengths, block_q,
+            block_kv, is_causal, scale, of_rows,
         )  # fmt: skip
     return grad_query, grad_key, grad_value
