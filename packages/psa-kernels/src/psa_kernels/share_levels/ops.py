@@ -8,8 +8,8 @@ from psa_kernels.registry import register
 MAX_SHARES = 9  # as many levels as the largest block has
 MAX_SCORES = 2**22
 """The longest row: its sum stays below 2**53, up to which float64 holds every integer."""
-ROUNDING = 2**-50
-"""What a product with a share may be too much by in binary, over itself: 0.07 * 100 is 7.000000000000001."""
+LESS = 1 - 2**-50
+"""Takes off what a product with a share may be too much by in binary: 0.07 * 100 is 7.000000000000001."""
 
 
 def _fake(scores: Tensor, shares: list[float], min_first: float, lengths: Tensor | None) -> Tensor:

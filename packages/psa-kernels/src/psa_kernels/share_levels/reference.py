@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from psa_kernels.share_levels.ops import ROUNDING
+from psa_kernels.share_levels.ops import LESS
 
 
 def forward(scores: Tensor, shares: list[float], min_first: float, lengths: Tensor | None) -> Tensor:
@@ -38,4 +38,4 @@ def _row(row: list[float], shares: list[float], min_first: float) -> list[int]:
 
 def _whole(product: float) -> int:
     """The least integer not below ``product``, but for what rounding adds."""
-    return math.ceil(product - product * ROUNDING)
+    return math.ceil(product * LESS)

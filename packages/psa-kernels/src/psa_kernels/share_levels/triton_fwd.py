@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_kernels.share_levels.ops import MAX_SHARES, ROUNDING
+from psa_kernels.share_levels.ops import LESS, MAX_SHARES
 from psa_kernels.triton_device import on_device
 from psa_kernels.triton_ranks import (
     chunk_keys,
@@ -20,7 +20,7 @@ from psa_kernels.triton_ranks import (
     write_level,
 )
 
-_ROUNDING = tl.constexpr(ROUNDING)
+_LESS = tl.constexpr(LESS)
 
 
 @triton.jit
@@ -52,8 +52,8 @@ def _weigh(held, held_weights, scores_ptr, row_len, end, low, highest, CHUNK: tl
 
 @triton.jit
 def _whole(product):
-    """The least integer not below ``product``, but for what rounding adds."""
-    return tl.ceil(product - product * _ROUNDING)
+    """The least integer not below ``product``, float64, but for what rounding adds."""
+    return tl.ceil(product * _LESS)
 
 
 @triton.jit(do_not_specialize=["row_len", "rows_per_sample"])
