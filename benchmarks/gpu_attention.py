@@ -19,7 +19,7 @@ from triton.testing import do_bench
 
 import psa_kernels
 from psa_kernels import BlockLayout, LevelPlan, block_importance, pool_pyramid, pyramid_attention
-from psa_masks import MaskPolicy, levels_by_quota
+from psa_masks import MaskPolicy, levels_by_quota, levels_by_threshold
 
 SHAPES = {"W": (1, 12, 69120, 128), "C": (1, 48, 17550, 64)}
 QUOTAS = (0.10, 0.15, 0.15, 0.35)  # 10% of the blocks at level 1, 5% at 2, none at 3, 20% at 4: density 0.15
@@ -148,7 +148,10 @@ def measure(name: str, shape: tuple[int, int, int, int]) -> list[str]:
         )
         lines.append(f"| {samples} | {time:.2f} |")
     scores = block_importance(query, key, block_q=128, block_kv=128, samples_q=16, samples_kv=16)
-    lines += ["", f"levels_by_quota alone: {milliseconds(lambda: levels_by_quota(scores, QUOTAS)):.3f} ms", ""]
+    for rule in (levels_by_quota, levels_by_threshold):
+        time = milliseconds(lambda rule=rule: rule(scores, QUOTAS))
+        lines += ["", f"{rule.__name__} alone: {time:.3f} ms"]
+    lines.append("")
     return lines
 
 

@@ -42,6 +42,7 @@ def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
         "block_importance",
         "block_importance antidiagonal",
         "rank_levels",
+        "share_levels",
         "LevelPlan",
         "pyramid_attention",
         "pyramid_attention gradients",

@@ -33,6 +33,7 @@ from psa_kernels import (
     pool_pyramid,
     pyramid_attention,
     rank_levels,
+    share_levels,
 )
 from psa_kernels.testing import make_qkv, random_levels
 
@@ -92,7 +93,8 @@ def compile_instead(target, limit, compiled):
         options = {name: kwargs.pop(name) for name in _LAUNCH_OPTIONS if name in kwargs}
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr or given[p.name] is None}
-        signature = {name: "constexpr" if name in constants else type_of(given[name]) for name in kernel.arg_names}
+        types = {p.name: p.annotation_type or type_of(given[p.name]) for p in kernel.params if p.name not in constants}
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         language = GluonASTSource if kernel.is_gluon() else ASTSource
         source = language(
             kernel, signature, constexprs={(kernel.arg_names.index(name),): constants[name] for name in constants}
@@ -144,7 +146,7 @@ def main() -> None:
     compiled = set()
     # Imported when an operator first runs, so they are there to be changed only after a first call.
     operators = ("pyramid_attention", "pyramid_pool", "block_importance", "key_similarity", "level_plan", "rank_levels")
-    operators += ("kmeans", "block_importance.antidiagonal")
+    operators += ("share_levels", "kmeans", "block_importance.antidiagonal")
     for module in operators:
         __import__(f"psa_kernels.{module}.triton_fwd", fromlist=["on_device"]).on_device = lambda tensor: nullcontext()
     backward = importlib.import_module("psa_kernels.pyramid_attention.triton_bwd")
@@ -183,6 +185,9 @@ def main() -> None:
             scores = torch.zeros(2, row_len, dtype=dtype)
             rank_levels(scores, counts, impl="triton")
             rank_levels(scores, torch.tensor([counts] * 2, dtype=torch.int32), impl="triton")
+            shares = [count / row_len for count in counts]
+            share_levels(scores, shares, impl="triton")
+            share_levels(scores, shares, lengths=torch.tensor([row_len] * 2), impl="triton")
         pyramid_attention(query, key, value, plan, **blocks, is_causal=is_causal, **options)
         if capability < 90 and not is_causal:
             continue  # code that others share; what it adds here is time
@@ -196,7 +201,7 @@ def main() -> None:
         qkv = make_qkv(q_len=100, head_dim=64, dtype=torch.bfloat16)
         pyramid_attention(*qkv, random_levels(BlockLayout(100, 100, num_levels=4)), num_levels=4, impl="triton")
     kernels = ("forward", "order", "positions", "logits", "reduce", "groups", "scores", "plan", "pool", "similarity")
-    kernels += ("coarser", "rank", "assign", "mean", "delta", "query", "key_value", "turn", "readers")
+    kernels += ("coarser", "rank", "share", "assign", "mean", "delta", "query", "key_value", "turn", "readers")
     expected = {f"_{name}_kernel" for name in kernels}
     assert compiled == expected | ({"gluon_forward_kernel"} if capability == 90 else set()), compiled
 

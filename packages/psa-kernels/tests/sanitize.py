@@ -36,6 +36,7 @@ from psa_kernels import (
     pool_pyramid,
     pyramid_attention,
     rank_levels,
+    share_levels,
 )
 from psa_kernels.testing import VIEWS, make_qkv, random_levels
 
@@ -106,7 +107,10 @@ def run_all(view, dtype, q_len, kv_len, head_dim, block_q, block_kv, is_causal, 
         groups = {"samples_q": block_q // 8, "samples_kv": block_kv // 8, "reduction": reduction}
         results.append(block_importance(query, key, method="antidiagonal", **groups, **blocks, **options))
     counts = [1, layout.num_kv_blocks]
-    results.append(rank_levels(results[-1], counts, impl="triton"))
+    scores = results[-1]
+    results.append(rank_levels(scores, counts, impl="triton"))
+    num_blocks = torch.tensor([layout.num_kv_blocks, 1], device=DEVICE)
+    results.append(share_levels(scores, [0.5, 0.9], min_first=0.2, lengths=num_blocks, impl="triton"))
     levels = random_levels(layout, batch=2, heads=4, device=DEVICE)
     plan = LevelPlan.from_levels(levels, layout, impl="triton")
     inputs = [x.requires_grad_() for x in (query, key, value)]

@@ -15,6 +15,7 @@ from psa_kernels import (
     pool_pyramid,
     pyramid_attention,
     rank_levels,
+    share_levels,
 )
 from psa_kernels.testing import assert_within_error_budget, make_qkv, random_levels
 
@@ -29,6 +30,7 @@ def pipeline(query, key, value, seed=0):
     similarity = key_similarity(key, block_kv=64, num_levels=4)
     num_blocks = importance.shape[-1]
     levels = rank_levels(importance, [num_blocks // 4, num_blocks // 2, num_blocks // 2, num_blocks])
+    levels = torch.maximum(levels, share_levels(importance, [0.3, 0.6], min_first=0.1))
     levels = torch.where(similarity[..., 2].unsqueeze(2) > 0, levels, 1).to(torch.int8)
     plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], **BLOCKS))
     return pyramid_attention(query, key, value, plan, **BLOCKS) * plan.density().any()
@@ -291,6 +293,7 @@ def test_no_compilation_for_a_new_length_or_seed():
     from psa_kernels.pyramid_attention.triton_order import _order_kernel
     from psa_kernels.pyramid_pool.triton_fwd import _pool_kernel
     from psa_kernels.rank_levels.triton_fwd import _rank_kernel
+    from psa_kernels.share_levels.triton_fwd import _share_kernel
 
     kernels = (
         _positions_kernel,
@@ -298,6 +301,7 @@ def test_no_compilation_for_a_new_length_or_seed():
         _reduce_kernel,
         _similarity_kernel,
         _rank_kernel,
+        _share_kernel,
         _plan_kernel,
         _forward_kernel,
         _order_kernel,

@@ -18,6 +18,7 @@ from psa_kernels import (
     pool_pyramid,
     pyramid_attention,
     rank_levels,
+    share_levels,
 )
 from psa_kernels.testing import make_qkv, random_levels
 
@@ -33,6 +34,8 @@ def test_fakes_describe_the_results():
     for op, args in (
         (ops.rank_levels, (torch.zeros(2, 3, 5), [1, 4], None, "torch")),
         (ops.rank_levels, (torch.zeros(2, 3, 5), [], torch.tensor([[1, 4], [0, 2]], dtype=torch.int32), "torch")),
+        (ops.share_levels, (torch.ones(2, 3, 5), [0.3, 0.6], 0.1, None, "torch")),
+        (ops.share_levels, (torch.ones(2, 3, 5), [0.3], 0.0, torch.tensor([4, 2]), "torch")),
         (ops.level_plan, (plan.to_levels(), 6, "torch")),
         (ops.pyramid_pool, (key, LENGTHS, 5, "torch")),
         (ops.key_similarity, (key, None, 32, 4, "torch")),
@@ -58,10 +61,12 @@ def pipeline(query, key, value, kv_lengths, impl=None):
     kept = scores.shape[-1] // 2
     levels = rank_levels(scores, [kept, kept, 2 * kept], impl=impl)
     shorter = rank_levels(scores, torch.tensor([[kept], [1]], dtype=torch.int32), impl=impl)
+    by_share = share_levels(scores, [0.3, 0.6], min_first=0.1, impl=impl)
+    by_share += share_levels(scores, [0.5], lengths=(kv_lengths + 31) // 32, impl=impl)
     out, lse = pyramid_attention(query, key, value, levels, kv_lengths=kv_lengths, return_lse=True, **blocks)
     plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], block_q=32, block_kv=32), impl=impl)
     planned = pyramid_attention(query, key, value, plan, kv_lengths=kv_lengths, **blocks)
-    return out, lse, similarity, coarse, *clusters, planned, plan.density(), shorter
+    return out, lse, similarity, coarse, *clusters, planned, plan.density(), shorter, by_share
 
 
 def test_compiles_whole():

@@ -9,6 +9,7 @@ from psa_kernels.plan import LevelPlan
 from psa_kernels.pyramid_attention import AttentionKernels, attention_kernels, pyramid_attention
 from psa_kernels.pyramid_pool import Pyramid, pool_pyramid
 from psa_kernels.rank_levels import rank_levels
+from psa_kernels.share_levels import share_levels
 
 __all__ = [
     "AttentionKernels",
@@ -24,4 +25,5 @@ __all__ = [
     "pool_pyramid",
     "pyramid_attention",
     "rank_levels",
+    "share_levels",
 ]

@@ -6,33 +6,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from psa_kernels import rank_levels
+from psa_kernels import rank_levels, share_levels
 from psa_masks import checks
 
 
 def levels_by_threshold(
-    importance: Tensor, bounds: Sequence[float], *, min_full: float = 0.0, num_blocks: Tensor | None = None
+    importance: Tensor,
+    bounds: Sequence[float],
+    *,
+    min_full: float = 0.0,
+    num_blocks: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """Give the most important blocks of a row the finest levels, up to shares of the row's importance.
 
     The blocks of a row are taken in order of falling score (equal scores: the earlier block first) and their
     share of the row's sum is accumulated. A block gets the finest level t whose bound is not yet used up: the
     shares before it add up to less than ``bounds[t - 1]``. The block that crosses a bound therefore belongs to
-    the finer side, and the kept blocks of a row hold at least ``bounds[-1]`` of its importance. Blocks past
-    the last bound are skipped.
+    the finer side, and the kept blocks of a row hold at least ``bounds[-1]`` of its importance, to 2**-30 of the
+    largest block for each block of the row. Blocks past the last bound are skipped.
 
     The largest block of a row is level 1 whatever the bounds. A bound of 1 keeps all that is left, blocks
     of score 0 too. A row of zeros says nothing about its blocks, so all of them are level 1.
 
     Args:
         importance: floating point ``[..., num_kv_blocks]``, finite and not negative (not checked: that
-            would wait for the device). Shares are computed in float32.
+            would wait for the device). It is read in float32 and added up in whole multiples of a unit, of which the
+            largest block of a row has 2**30 or more; what a block has beyond a whole multiple is dropped.
         bounds: cumulative upper ends tau_1 .. tau_H of levels 1..H, 1 to 9 numbers in [0, 1] that do not
             decrease. A level whose bound equals the one before it has an empty range.
         min_full: at least ``ceil(num_kv_blocks * min_full)`` blocks of each row are level 1, in [0, 1].
         num_blocks: int32 or int64 ``[B]``, where importance is ``[B, ..., num_kv_blocks]``: how many KV blocks of each
             sample exist, at most all; it gets the levels that it would get alone, and blocks past them are 0. None is
             all.
+        impl: of ``psa_kernels.share_levels``; None picks by device. All give the same levels.
 
     Returns:
         int8, shaped like ``importance``, on its device: 0 skipped, h in 1..H level h.
@@ -47,32 +54,7 @@ def levels_by_threshold(
     ends = checks.bounds(bounds)
     least = checks.real("min_full", min_full, 0.0, 1.0)
     num_blocks = checks.num_blocks(num_blocks, scores)
-    scores = scores.float()
-    exists = None
-    if num_blocks is not None:
-        exists = existing(num_blocks, scores)
-        scores = scores.masked_fill(~exists, 0.0)
-
-    ordered, blocks = scores.sort(dim=-1, descending=True, stable=True)
-    # Summed after sorting, so that the same scores in another order give the same shares to the last bit.
-    running = ordered.cumsum(dim=-1)
-    total = running[..., -1:]
-    before = torch.cat([torch.zeros_like(total), running[..., :-1] / total], dim=-1)
-
-    by_rank = torch.ones_like(blocks, dtype=torch.int8)
-    for end in ends:
-        limit = end if end < 1.0 else math.inf  # blocks of score 0 have a whole row before them
-        kept = before < limit
-        by_rank += ~kept
-    by_rank = torch.where(kept, by_rank, 0)
-    if num_blocks is None:
-        by_rank[..., : max(1, checks.share_of(scores.shape[-1], least))] = 1
-    else:
-        full = shares_of(num_blocks, [least]).view(-1, *[1] * (scores.ndim - 1))
-        by_rank = torch.where(torch.arange(scores.shape[-1], device=scores.device) < full, 1, by_rank)
-    by_rank = torch.where(total > 0, by_rank, 1)
-    levels = torch.empty_like(by_rank).scatter_(-1, blocks, by_rank)
-    return levels if exists is None else levels.masked_fill(~exists, 0)
+    return share_levels(scores, ends, min_first=least, lengths=num_blocks, impl=impl)
 
 
 def levels_by_quota(

@@ -230,7 +230,9 @@ class MaskPolicy:
         if kv_lengths is not None:
             num_blocks = -(-existing_keys(key.shape[2], kv_lengths, key.device) // self.block_kv)
         if self.mode == "threshold":
-            levels = levels_by_threshold(importance, self.bounds, min_full=self.min_full, num_blocks=num_blocks)
+            levels = levels_by_threshold(
+                importance, self.bounds, min_full=self.min_full, num_blocks=num_blocks, impl=impl
+            )
         else:
             bounds = [max(bound, self.min_full) for bound in self.bounds]
             levels = levels_by_quota(importance, bounds, num_blocks=num_blocks, impl=impl)

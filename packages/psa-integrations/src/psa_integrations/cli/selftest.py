@@ -17,6 +17,7 @@ from psa_kernels import (
     pool_pyramid,
     pyramid_attention,
     rank_levels,
+    share_levels,
 )
 from psa_kernels import checks as kernel_checks
 from psa_kernels.testing import assert_within_error_budget, make_qkv, random_levels
@@ -89,6 +90,11 @@ def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Cal
         counts = (5, 10, 10, 40)
         _assert_equal(rank_levels(scores.to(device), counts), rank_levels(scores, counts, impl="reference"))
 
+    def check_share() -> None:
+        scores = torch.rand(4, 100, generator=torch.Generator().manual_seed(0))
+        shares = (0.2, 0.5, 0.5, 0.9)
+        _assert_equal(share_levels(scores.to(device), shares), share_levels(scores, shares, impl="reference"))
+
     def check_plan() -> None:
         plan, exact = (
             LevelPlan.from_levels(levels.to(device), layout),
@@ -141,6 +147,7 @@ def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Cal
     antidiagonal = partial(importance, method="antidiagonal")
     yield "block_importance antidiagonal", lambda: _check(antidiagonal, [query, key], device)
     yield "rank_levels", check_rank
+    yield "share_levels", check_share
     yield "LevelPlan", check_plan
     yield "pyramid_attention", check_attention
     yield "pyramid_attention gradients", check_gradients
