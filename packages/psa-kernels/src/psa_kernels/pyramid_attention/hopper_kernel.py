@@ -89,7 +89,7 @@ def _copy_boxes(
 @gluon.jit
 def _copy_level(
     tile, filled, ring, full, empty, source_tma, sequence, slots_ptr, first, last, num_kv_blocks,
-    ROWS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    ROWS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, GATHER_THREADS: gl.constexpr,
 ):  # fmt: skip
     """Fill tiles of a ring with the blocks of a level in slots ``first`` to ``last``, of ``ROWS`` rows each, from row
     ``filled`` of a tile on, and return where the next level goes on. As blocks become smaller from level to level,
@@ -104,6 +104,8 @@ def _copy_level(
         if filled == 0:
             mbarrier.wait(empty.index(stage), (tile // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(stage), 128 * DIM * 2)
+            if GATHER_THREADS > 0:  # none of them has a part in this tile
+                mbarrier.arrive(full.index(stage), count=GATHER_THREADS)
         _copy_boxes(stage, rows, there, ring, full, source_tma, sequence, ROWS, DIM, STAGES)
         taken = gl.minimum(PLACES - first_place, last - slot)
         slot += taken
@@ -136,8 +138,10 @@ def _load(
     DIM: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """What the warp does that loads queries and keys by descriptor, and the one that loads values."""
+    GATHER_THREADS: gl.constexpr = 128 if NUM_LEVELS > BOX_LEVELS else 0
     (
-        order_ptr, indices_ptr, plan_offsets_ptr, tmas, query_tma, queries, query_full, query_empty, ring, full, empty,
+        order_ptr, indices_ptr, plan_offsets_ptr, tmas, query_tma, queries, query_full, query_empty,
+        ring, full, empty, to_gather,
         num_heads, group, num_q_blocks, num_kv_blocks, num_work, first_sequence,
     ) = given  # fmt: skip
     tile = 0
@@ -167,7 +171,7 @@ def _load(
             sequence = (batch, kv_head) if level == 1 else (first_sequence + batch * (num_heads // group) + kv_head,)
             tile, filled = _copy_level(
                 tile, filled, ring, full, empty, tmas[level - 1], sequence, slots_ptr, first, last, num_kv_blocks,
-                (1 << LOG2_BLOCK_KV) >> (level - 1), DIM, STAGES,
+                (1 << LOG2_BLOCK_KV) >> (level - 1), DIM, STAGES, GATHER_THREADS,
             )  # fmt: skip
             if level == BOX_LEVELS:
                 tile = _fill_up(
@@ -180,6 +184,7 @@ def _load(
                 stage = tile % STAGES
                 mbarrier.wait(empty.index(stage), (tile // STAGES & 1) ^ 1)
                 mbarrier.arrive(full.index(stage), count=1)
+                mbarrier.arrive(to_gather.index(stage), count=1)
                 tile += 1
 
 
@@ -216,13 +221,20 @@ def _gather(
     given, NUM_LEVELS: gl.constexpr, BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
     DIM: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
-    """What the warps do that load the rows of blocks too small for a descriptor, several blocks to a tile."""
+    """What the warps do that load the rows of blocks too small for a descriptor, several blocks to a tile.
+
+    The warps with the descriptors say when such a tile is empty. A wait tells only even from odd turns of a barrier: who
+    does not look at every turn takes one for another, and to look at the turns of all tiles takes time from the warps
+    that compute.
+    """
     (
         order_ptr, indices_ptr, plan_offsets_ptr, pooled_ptr,
-        keys, key_full, key_empty, values, value_full, value_empty,
+        keys, key_full, keys_to_gather, values, value_full, values_to_gather,
         num_heads, group, kv_len, num_q_blocks, num_kv_blocks, num_work, pooled_rows, sequences,
     ) = given  # fmt: skip
     tile = 0
+    key_turns = 0  # bit s is that of the next turn of stage s
+    value_turns = 0
     for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
         plan_row = gl.load(order_ptr + work)
         batch, head, _ = _place(plan_row, num_heads, num_q_blocks)
@@ -238,14 +250,7 @@ def _gather(
             box_rows += (last - first) << (LOG2_BLOCK_KV + 1 - level)
             if level > 1:
                 level_start += _level_rows(kv_len, level)
-        for _ in range((box_rows + 127) >> 7):
-            stage = tile % KEYS
-            mbarrier.wait(key_empty.index(stage), (tile // KEYS & 1) ^ 1)
-            mbarrier.arrive(key_full.index(stage), count=128)
-            stage = tile % VALUES
-            mbarrier.wait(value_empty.index(stage), (tile // VALUES & 1) ^ 1)
-            mbarrier.arrive(value_full.index(stage), count=128)
-            tile += 1
+        tile += (box_rows + 127) >> 7
         for level in range(BOX_LEVELS + 1, NUM_LEVELS + 1):
             log2_rows = LOG2_BLOCK_KV + 1 - level
             first, last = _level_ends(ends_ptr, level)
@@ -260,11 +265,13 @@ def _gather(
                     _row_offsets(3, slots_ptr, start, end, level_start, log2_rows, level_rows, DIM, HEAD_DIM),
                 )  # fmt: skip
                 stage = tile % KEYS
-                mbarrier.wait(key_empty.index(stage), (tile // KEYS & 1) ^ 1)
+                mbarrier.wait(keys_to_gather.index(stage), (key_turns >> stage) & 1)
+                key_turns ^= 1 << stage
                 rows = keys.index(stage).reshape([128, DIM])
                 _gather_rows(rows, key_full.index(stage), key_ptr, offsets, DIM, HEAD_DIM)
                 stage = tile % VALUES
-                mbarrier.wait(value_empty.index(stage), (tile // VALUES & 1) ^ 1)
+                mbarrier.wait(values_to_gather.index(stage), (value_turns >> stage) & 1)
+                value_turns ^= 1 << stage
                 rows = values.index(stage).reshape([128, DIM])
                 _gather_rows(rows, value_full.index(stage), value_ptr, offsets, DIM, HEAD_DIM)
                 tile += 1
@@ -509,9 +516,10 @@ def _forward_kernel(
     key_empty = gl.allocate_shared_memory(gl.int64, [KEYS, 1], barriers)
     value_full = gl.allocate_shared_memory(gl.int64, [VALUES, 1], barriers)
     value_empty = gl.allocate_shared_memory(gl.int64, [VALUES, 1], barriers)
+    keys_to_gather = gl.allocate_shared_memory(gl.int64, [KEYS, 1], barriers)
+    values_to_gather = gl.allocate_shared_memory(gl.int64, [VALUES, 1], barriers)
     # Empty once both groups say so. Full once the warp with the descriptors has said so and its bytes are there; where
-    # threads copy rows too, also once each of these has. Of a tile that is the other's to fill both say so at once: who
-    # did not look at every tile would take one turn of a barrier for another.
+    # threads gather rows too, also once each of these has, or that warp in their place.
     GATHER_THREADS: gl.constexpr = 128 if NUM_LEVELS > BOX_LEVELS else 0
     for i in gl.static_range(QUERIES):
         mbarrier.init(query_full.index(i), count=1)
@@ -519,9 +527,11 @@ def _forward_kernel(
     for i in gl.static_range(KEYS):
         mbarrier.init(key_full.index(i), count=GATHER_THREADS + 1)
         mbarrier.init(key_empty.index(i), count=2)
+        mbarrier.init(keys_to_gather.index(i), count=1)
     for i in gl.static_range(VALUES):
         mbarrier.init(value_full.index(i), count=GATHER_THREADS + 1)
         mbarrier.init(value_empty.index(i), count=2)
+        mbarrier.init(values_to_gather.index(i), count=1)
     UPPER: gl.constexpr = 0
     LOWER: gl.constexpr = 1
     IS_KEYS: gl.constexpr = True
@@ -534,17 +544,17 @@ def _forward_kernel(
     )  # fmt: skip
     load_keys = (
         order_ptr, indices_ptr, plan_offsets_ptr,
-        key_tmas, query_tma, queries, query_full, query_empty, keys, key_full, key_empty,
+        key_tmas, query_tma, queries, query_full, query_empty, keys, key_full, key_empty, keys_to_gather,
         num_heads, group, num_q_blocks, num_kv_blocks, num_work, key_sequence,
     )  # fmt: skip
     load_values = (
         order_ptr, indices_ptr, plan_offsets_ptr,
-        value_tmas, query_tma, queries, query_full, query_empty, values, value_full, value_empty,
+        value_tmas, query_tma, queries, query_full, query_empty, values, value_full, value_empty, values_to_gather,
         num_heads, group, num_q_blocks, num_kv_blocks, num_work, sequences,
     )  # fmt: skip
     gather = (
         order_ptr, indices_ptr, plan_offsets_ptr, pooled_ptr,
-        keys, key_full, key_empty, values, value_full, value_empty,
+        keys, key_full, keys_to_gather, values, value_full, values_to_gather,
         num_heads, group, kv_len, num_q_blocks, num_kv_blocks, num_work, pooled_rows, sequences,
     )  # fmt: skip
     if GATHER_THREADS > 0:
