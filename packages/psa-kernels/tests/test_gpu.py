@@ -11,6 +11,7 @@ from psa_kernels import (
     LevelPlan,
     block_importance,
     checks,
+    kd_tree,
     key_similarity,
     pool_pyramid,
     pyramid_attention,
@@ -27,11 +28,13 @@ def pipeline(query, key, value, seed=0):
     """Importance to output, every operator once."""
     importance = block_importance(query, key, samples_q=16, samples_kv=16, seed=seed, **BLOCKS)
     similarity = key_similarity(key, block_kv=64, num_levels=4)
+    tree = kd_tree(key[:, :, : key.shape[2] // 64 * 64].unflatten(2, (-1, 64))[..., :8])
     num_blocks = importance.shape[-1]
     levels = rank_levels(importance, [num_blocks // 4, num_blocks // 2, num_blocks // 2, num_blocks])
     levels = torch.where(similarity[..., 2].unsqueeze(2) > 0, levels, 1).to(torch.int8)
     plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], **BLOCKS))
-    return pyramid_attention(query, key, value, plan, **BLOCKS) * plan.density().any()
+    out = pyramid_attention(query, key, value, plan, **BLOCKS)
+    return out * plan.density().any() * (tree >= 0).all()
 
 
 def masked_pipeline(query, key, value, kv_lengths):

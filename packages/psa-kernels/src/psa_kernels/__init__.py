@@ -2,6 +2,7 @@
 
 from psa_kernels.__about__ import __version__
 from psa_kernels.block_importance import block_importance
+from psa_kernels.kd_tree import kd_tree
 from psa_kernels.key_similarity import key_similarity
 from psa_kernels.kmeans import KMeans, kmeans
 from psa_kernels.layout import BlockLayout
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "attention_kernels",
     "block_importance",
+    "kd_tree",
     "key_similarity",
     "kmeans",
     "pool_pyramid",
