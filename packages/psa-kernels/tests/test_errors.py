@@ -15,6 +15,7 @@ from psa_kernels import (
     kd_tree,
     key_similarity,
     kmeans,
+    permute_tokens,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -27,6 +28,7 @@ LEVELS = torch.ones(1, 2, 2, 2, dtype=torch.int8)
 ATTENTION = {"block_q": 32, "block_kv": 32}
 ONE_IS_7 = LEVELS + 6 * torch.eye(2, dtype=torch.int8)
 SCORES = torch.ones(4)
+ORDER = torch.arange(40).expand(1, 2, 40)
 WANTS_GRAD = Q.clone().requires_grad_()
 PYRAMID = pool_pyramid(K, block_kv=32, num_levels=2)
 PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
@@ -136,6 +138,13 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (ValueError, "kd_tree takes up to 16384 coordinates a block.*got 256 tokens with 65",
             lambda: kd_tree(torch.ones(256, 65), impl="triton")),
         (ValueError, "impl must be one of 'triton'", lambda: kd_tree(torch.ones(4, 2), impl="numpy")),
+        (ValueError, r"x must have shape \[B, H, L, D\]", lambda: permute_tokens(K[0], ORDER)),
+        (TypeError, "order must be a tensor, got list", lambda: permute_tokens(K, [1])),
+        (TypeError, "order must be int64, got torch.int32", lambda: permute_tokens(K, ORDER.int())),
+        (ValueError, r"order must have shape \[B, H, L\] of x, \[1, 2, 40\], got \[1, 1, 40\]",
+            lambda: permute_tokens(K, ORDER[:, :1])),
+        (ValueError, "order must be on x's device cpu, got meta", lambda: permute_tokens(K, ORDER.to("meta"))),
+        (ValueError, "impl must be one of 'triton'", lambda: permute_tokens(K, ORDER, impl="numpy")),
         (ValueError, "q_len must be at least 1, got 0", lambda: BlockLayout(0, 4)),
         (TypeError, "kv_len must be an integer", lambda: BlockLayout(4, 4.0)),
     ],
@@ -182,6 +191,7 @@ def test_triton_refuses_what_it_cannot_do():
         ("x", lambda x: pool_pyramid(x, block_kv=32, num_levels=2, impl="triton")),
         ("x", lambda x: kmeans(x, 2, impl="triton")),
         ("scores", lambda x: rank_levels(x, [1], impl="triton")),
+        ("x", lambda x: permute_tokens(x, ORDER, impl="triton")),
         ("points", lambda x: kd_tree(x[:, :, :32], impl="triton")),
     ],
 )
