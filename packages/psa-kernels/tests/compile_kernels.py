@@ -31,6 +31,7 @@ from psa_kernels import (
     kd_tree,
     key_similarity,
     kmeans,
+    leading_directions,
     permute_tokens,
     pool_pyramid,
     pyramid_attention,
@@ -146,7 +147,7 @@ def main() -> None:
     compiled = set()
     # Imported when an operator first runs, so they are there to be changed only after a first call.
     operators = ("pyramid_attention", "pyramid_pool", "block_importance", "key_similarity", "level_plan", "rank_levels")
-    operators += ("kd_tree", "kmeans", "permute_tokens", "block_importance.antidiagonal")
+    operators += ("kd_tree", "kmeans", "leading_directions", "permute_tokens", "block_importance.antidiagonal")
     for module in operators:
         __import__(f"psa_kernels.{module}.triton_fwd", fromlist=["on_device"]).on_device = lambda tensor: nullcontext()
     backward = importlib.import_module("psa_kernels.pyramid_attention.triton_bwd")
@@ -177,6 +178,7 @@ def main() -> None:
         key_similarity(key, block_kv=64, num_levels=4, **options)
         kmeans(key, 5, num_iterations=1, impl="triton")
         kd_tree(key[:, :, :64, :8], impl="triton")
+        leading_directions(key.float().mT @ key.float(), key.float().mT @ key.float(), 8, impl="triton")
         permute_tokens(key, torch.arange(100).expand(1, 2, 100), impl="triton")
         for reduction in ("mean" if is_causal else "max", "error"):
             samples = {"samples_q": 16, "samples_kv": 8, "reduction": reduction}
@@ -200,7 +202,8 @@ def main() -> None:
         qkv = make_qkv(q_len=100, head_dim=64, dtype=torch.bfloat16)
         pyramid_attention(*qkv, random_levels(BlockLayout(100, 100, num_levels=1)), num_levels=1, impl="triton")
     kernels = ("forward", "order", "positions", "logits", "reduce", "groups", "scores", "plan", "pool", "similarity")
-    kernels += ("tree", "permute", "rank", "assign", "mean", "delta", "query", "key_value", "turn", "readers")
+    kernels += ("directions", "tree", "permute")
+    kernels += ("rank", "assign", "mean", "delta", "query", "key_value", "turn", "readers")
     expected = {f"_{name}_kernel" for name in kernels}
     assert compiled == expected | ({"gluon_forward_kernel"} if capability == 90 else set()), compiled
 

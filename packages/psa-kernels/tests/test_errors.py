@@ -15,6 +15,7 @@ from psa_kernels import (
     kd_tree,
     key_similarity,
     kmeans,
+    leading_directions,
     permute_tokens,
     pool_pyramid,
     pyramid_attention,
@@ -28,6 +29,7 @@ LEVELS = torch.ones(1, 2, 2, 2, dtype=torch.int8)
 ATTENTION = {"block_q": 32, "block_kv": 32}
 ONE_IS_7 = LEVELS + 6 * torch.eye(2, dtype=torch.int8)
 SCORES = torch.ones(4)
+SQUARE = torch.eye(4)
 ORDER = torch.arange(40).expand(1, 2, 40)
 WANTS_GRAD = Q.clone().requires_grad_()
 PYRAMID = pool_pyramid(K, block_kv=32, num_levels=2)
@@ -138,6 +140,22 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (ValueError, "kd_tree takes up to 16384 coordinates a block.*got 256 tokens with 65",
             lambda: kd_tree(torch.ones(256, 65), impl="triton")),
         (ValueError, "impl must be one of 'triton'", lambda: kd_tree(torch.ones(4, 2), impl="numpy")),
+        (TypeError, "seen must be a tensor, got list", lambda: leading_directions([1], SQUARE, 1)),
+        (TypeError, "spread must be float32 or float64, got torch.float16",
+            lambda: leading_directions(SQUARE, SQUARE.half(), 1)),
+        (ValueError, r"seen must have shape \[..., D, D\] .*got \[1, 2, 40, 16\]",
+            lambda: leading_directions(K, SQUARE, 1)),
+        (ValueError, r"spread must have seen's shape \[4, 4\], got \[1, 4, 4\]",
+            lambda: leading_directions(SQUARE, SQUARE[None], 1)),
+        (TypeError, "spread must have seen's dtype torch.float32, got torch.float64",
+            lambda: leading_directions(SQUARE, SQUARE.double(), 1)),
+        (TypeError, "num_directions must be an integer, got float 2.0",
+            lambda: leading_directions(SQUARE, SQUARE, 2.0)),
+        (ValueError, "num_directions must be 1 to the 4 features of seen, got 5",
+            lambda: leading_directions(SQUARE, SQUARE, 5)),
+        (ValueError, "takes float32 of up to 256 features and 32 directions, got torch.float64, 4 and 1",
+            lambda: leading_directions(SQUARE.double(), SQUARE.double(), 1, impl="triton")),
+        (ValueError, "impl must be one of 'triton'", lambda: leading_directions(SQUARE, SQUARE, 1, impl="numpy")),
         (ValueError, r"x must have shape \[B, H, L, D\]", lambda: permute_tokens(K[0], ORDER)),
         (TypeError, "order must be a tensor, got list", lambda: permute_tokens(K, [1])),
         (TypeError, "order must be int64, got torch.int32", lambda: permute_tokens(K, ORDER.int())),

@@ -13,6 +13,8 @@ from psa_kernels import (
     checks,
     kd_tree,
     key_similarity,
+    leading_directions,
+    permute_tokens,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -29,12 +31,15 @@ def pipeline(query, key, value, seed=0):
     importance = block_importance(query, key, samples_q=16, samples_kv=16, seed=seed, **BLOCKS)
     similarity = key_similarity(key, block_kv=64, num_levels=4)
     tree = kd_tree(key[:, :, : key.shape[2] // 64 * 64].unflatten(2, (-1, 64))[..., :8])
+    moments = (x.float().mT @ x.float() for x in (query, key))
+    directions = leading_directions(*moments, 3)
+    permuted = permute_tokens(key, key[..., 0].argsort(dim=2))
     num_blocks = importance.shape[-1]
     levels = rank_levels(importance, [num_blocks // 4, num_blocks // 2, num_blocks // 2, num_blocks])
     levels = torch.where(similarity[..., 2].unsqueeze(2) > 0, levels, 1).to(torch.int8)
     plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], **BLOCKS))
     out = pyramid_attention(query, key, value, plan, **BLOCKS)
-    return out * plan.density().any() * (tree >= 0).all()
+    return out * plan.density().any() * (tree >= 0).all() * directions.isfinite().all() * permuted.isfinite().all()
 
 
 def masked_pipeline(query, key, value, kv_lengths):

@@ -6,6 +6,7 @@ from psa_kernels.kd_tree import kd_tree
 from psa_kernels.key_similarity import key_similarity
 from psa_kernels.kmeans import KMeans, kmeans
 from psa_kernels.layout import BlockLayout
+from psa_kernels.leading_directions import leading_directions
 from psa_kernels.permute_tokens import permute_tokens
 from psa_kernels.plan import LevelPlan
 from psa_kernels.pyramid_attention import AttentionKernels, attention_kernels, pyramid_attention
@@ -24,6 +25,7 @@ __all__ = [
     "kd_tree",
     "key_similarity",
     "kmeans",
+    "leading_directions",
     "permute_tokens",
     "pool_pyramid",
     "pyramid_attention",

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from psa_kernels import checks as kernel_checks
-from psa_kernels import kd_tree
+from psa_kernels import kd_tree, leading_directions
 from psa_masks.grid import VideoGrid, video_range_of
 from psa_masks.order.head_order import HeadOrder
 from psa_masks.order.semantic import check_base
@@ -13,7 +12,6 @@ from psa_masks.order.token_order import TokenOrder
 
 _SAMPLES = 4096  # of a head
 _PARTS = 8
-_DOUBLE_STEPS = 3  # of the power iteration, each two of its steps
 
 
 def kd_tree_order(
@@ -34,8 +32,9 @@ def kd_tree_order(
     level 1 is nearer to the truth.
 
     Tokens differ by their logits: the directions are those of largest variance of the keys as the queries see them, the
-    leading eigenvectors of ``C_q C_k`` with a head's second moments of queries and covariance of keys, found by power
-    iteration. Blocks that are not whole, or hold text, stay as they are. Nothing waits for the device.
+    leading eigenvectors of ``C_q C_k`` with a head's second moments of queries and covariance of keys, as
+    ``psa_kernels.leading_directions`` finds them from samples of both. Blocks that are not whole, or hold text, stay as
+    they are. Nothing waits for the device.
 
     Args:
         query: ``[B, H, q_len, D]``, H a multiple of H_kv.
@@ -44,7 +43,7 @@ def kd_tree_order(
         grid: the sequence, ``grid.seq_len == L``: its text tokens stay where they are. None takes all for video.
         base: the order in which the blocks are cut, which keeps text where it is; None is the order of ``key``.
         num_directions: how many directions there are to choose from, 1 to D.
-        impl: of the tree, as ``psa_kernels.kd_tree`` takes it.
+        impl: of the operators of psa_kernels that it calls, as these take it.
 
     Returns:
         The order of the keys and of their values, for each head.
@@ -76,7 +75,8 @@ def kd_tree_order(
         return HeadOrder(order.expand(batch, heads, length))
     inside = order[first:last]
     with torch.autocast(key.device.type, enabled=False), torch.no_grad():
-        directions = _directions(query, key[:, :, start:stop], num_directions)
+        moments = sampled_moments(query, key[:, :, start:stop])
+        directions = leading_directions(*moments, num_directions, impl=impl)
         places = (key @ directions.to(key.dtype)).index_select(2, inside)  # what moves is the smaller
         within = kd_tree(places.unflatten(2, (-1, block_kv)), impl=impl)  # [B, H_kv, blocks, block_kv]
     moved = within + torch.arange(0, last - first, block_kv, device=key.device)[:, None]
@@ -85,34 +85,15 @@ def kd_tree_order(
     return HeadOrder(whole)
 
 
-def _directions(query: Tensor, key: Tensor, count: int) -> Tensor:
-    """float32 ``[B, H_kv, D, count]``: the projections of keys that differ most as the queries see them.
+def sampled_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Second moments of the queries that read a head of keys, and covariance of these, float32 ``[B, H_kv, D, D]``.
 
-    Written for few launches: a product and a norm of matrices this small take a GPU less time than starting them.
+    Either times a number of its own, which leading directions do not care about.
     """
     queries = _samples(query).unflatten(1, (key.shape[1], -1))  # [B, H_kv, those that read a head of keys, ...]
     keys = _samples(key)
     keys = keys - keys.mean((2, 3), keepdim=True)
-    moments = torch.stack([(queries.mT @ queries).sum((2, 3)), (keys.mT @ keys).sum(2)])
-    # Of unit size, so that nothing overflows; a little of the identity, so that nothing is singular.
-    moments = moments / _size(moments)
-    moments.diagonal(dim1=-2, dim2=-1).add_(1e-6)
-    seen, spread = moments
-    step = spread @ seen
-    vectors = step[..., :count]
-    step = step @ step
-    for i in range(_DOUBLE_STEPS):
-        vectors = normalize(step @ vectors, dim=2, eps=1e-30)
-        # Of the last the queries decide the lengths; before that, it matters only that they do not become one.
-        is_last = i == _DOUBLE_STEPS - 1
-        gram = vectors.mT @ (seen @ vectors if is_last else vectors)
-        gram.diagonal(dim1=-2, dim2=-1).add_(1e-6 * _size(gram)[..., 0])
-        lower, _ = torch.linalg.cholesky_ex(gram)
-        vectors = torch.linalg.solve_triangular(lower, vectors.mT, upper=False).mT
-    directions = seen @ vectors
-    longest = directions.norm(dim=2, keepdim=True).amax(3, keepdim=True)
-    scaled: Tensor = directions / longest.clamp_min(1e-30)
-    return scaled
+    return (queries.mT @ queries).sum((2, 3)), (keys.mT @ keys).sum(2)
 
 
 def _samples(x: Tensor) -> Tensor:
@@ -126,9 +107,3 @@ def _samples(x: Tensor) -> Tensor:
     step = x.shape[2] // count
     samples: Tensor = x[:, :, : count * step : step].float().unflatten(2, (parts, -1))
     return samples
-
-
-def _size(x: Tensor) -> Tensor:
-    """The mean of the diagonal of square matrices, positive, ``[..., 1, 1]``."""
-    size: Tensor = x.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return size[..., None, None].clamp_min(1e-30)
