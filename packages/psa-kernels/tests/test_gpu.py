@@ -294,7 +294,9 @@ def test_a_device_that_is_not_the_current_one():
 def test_no_compilation_for_a_new_length_or_seed():
     from psa_kernels.block_importance.triton_fwd import _logits_kernel, _positions_kernel, _reduce_kernel
     from psa_kernels.key_similarity.triton_fwd import _similarity_kernel
+    from psa_kernels.leading_directions.triton_fwd import _directions_kernel
     from psa_kernels.level_plan.triton_fwd import _plan_kernel
+    from psa_kernels.permute_tokens.triton_fwd import _permute_kernel
     from psa_kernels.pyramid_attention.triton_fwd import _forward_kernel
     from psa_kernels.pyramid_attention.triton_order import _order_kernel
     from psa_kernels.pyramid_pool.triton_fwd import _pool_kernel
@@ -305,6 +307,8 @@ def test_no_compilation_for_a_new_length_or_seed():
         _logits_kernel,
         _reduce_kernel,
         _similarity_kernel,
+        _directions_kernel,
+        _permute_kernel,
         _rank_kernel,
         _plan_kernel,
         _forward_kernel,

@@ -17,7 +17,6 @@ def _permute_kernel(
     order_ptr,
     out_ptr,
     x_strides,
-    order_strides,
     num_heads,
     length,
     num_tiles,
@@ -31,8 +30,7 @@ def _permute_kernel(
     head = row % num_heads
     place = pid % num_tiles * ROWS + tl.arange(0, ROWS)
     inside = place < length
-    order_ptr += sample * order_strides[0] + head * order_strides[1]
-    token = tl.load(order_ptr + place * order_strides[2], mask=inside, other=0)
+    token = tl.load(order_ptr + row * length + place, mask=inside, other=0)
     token = tl.minimum(tl.maximum(token, 0), length - 1)  # what is no order reads a wrong row, not other memory
     x_ptr += sample * x_strides[0] + head * x_strides[1]
     out_ptr += row * length * HEAD_DIM
@@ -45,6 +43,7 @@ def _permute_kernel(
 
 def forward(x: Tensor, order: Tensor) -> Tensor:
     batch, heads, length, head_dim = x.shape
+    order = order.contiguous()  # as its strides follow from the length, a new length compiles nothing
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dim_tile = min(triton.next_power_of_2(head_dim), _MAX_DIM_TILE)
     rows = _NUMBERS // dim_tile
@@ -55,7 +54,6 @@ def forward(x: Tensor, order: Tensor) -> Tensor:
             order,
             out,
             x.stride(),
-            order.stride(),
             heads,
             length,
             num_tiles,
