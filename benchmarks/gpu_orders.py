@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from triton.testing import do_bench
 
 import psa_masks
-from psa_kernels import kmeans
+from psa_kernels import kd_tree, kmeans, leading_directions
 from psa_masks import AttentionOrder, VideoGrid, gilbert_order, kd_tree_order, semantic_order
+from psa_masks.order.kd_tree import sampled_moments
 from psa_masks.order.semantic import path_through
 
 GRID = VideoGrid(frames=18, height=48, width=80)
@@ -117,15 +118,25 @@ def layer_rows(num_clusters: int, query: Tensor, key: Tensor, value: Tensor) -> 
 
 
 def tree_rows(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    """A layer with the keys of each block by a k-d tree, and the tree alone."""
+    """A layer with the keys of each block by a k-d tree, and the parts of that."""
 
     def make() -> AttentionOrder:
         return AttentionOrder(None, kd_tree_order(query, key, block_kv=128))
 
-    return [
-        f"| KdTree, blocks of 128 | {milliseconds(lambda: make().apply(query, key, value)):.2f} |",
-        f"| its tree alone | {milliseconds(make):.2f} |",
-    ]
+    order = make()
+    moments = sampled_moments(query, key)
+    directions = leading_directions(*moments, 8).to(key.dtype)
+    points = (key @ directions).unflatten(2, (-1, 128))
+    times: dict[str, Callable[[], object]] = {
+        "KdTree, blocks of 128: order made, keys and values put in it": lambda: make().apply(query, key, value),
+        "the order made": make,
+        "of that: moments of samples": lambda: sampled_moments(query, key),
+        "of that: directions": lambda: leading_directions(*moments, 8),
+        "of that: keys projected": lambda: key @ directions,
+        "of that: trees": lambda: kd_tree(points),
+        "keys and values put in the order": lambda: order.apply(query, key, value),
+    }
+    return [f"| {name} | {milliseconds(call):.3f} |" for name, call in times.items()]
 
 
 def gather_rows(query: Tensor) -> list[str]:

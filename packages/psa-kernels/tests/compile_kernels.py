@@ -28,8 +28,11 @@ from psa_kernels import (
     BlockLayout,
     LevelPlan,
     block_importance,
+    kd_tree,
     key_similarity,
     kmeans,
+    leading_directions,
+    permute_tokens,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -146,7 +149,8 @@ def main() -> None:
     compiled = set()
     # Imported when an operator first runs, so they are there to be changed only after a first call.
     operators = ("pyramid_attention", "pyramid_pool", "block_importance", "key_similarity", "level_plan", "rank_levels")
-    operators += ("share_levels", "kmeans", "block_importance.antidiagonal")
+    operators += ("share_levels", "kd_tree", "kmeans", "leading_directions", "permute_tokens")
+    operators += ("block_importance.antidiagonal",)
     for module in operators:
         __import__(f"psa_kernels.{module}.triton_fwd", fromlist=["on_device"]).on_device = lambda tensor: nullcontext()
     backward = importlib.import_module("psa_kernels.pyramid_attention.triton_bwd")
@@ -176,6 +180,9 @@ def main() -> None:
         pool_pyramid(key, block_kv=64, num_levels=7, **options)
         key_similarity(key, block_kv=64, num_levels=4, **options)
         kmeans(key, 5, num_iterations=1, impl="triton")
+        kd_tree(key[:, :, :64, :8], impl="triton")
+        leading_directions(key.float().mT @ key.float(), key.float().mT @ key.float(), 8, impl="triton")
+        permute_tokens(key, torch.arange(100).expand(1, 2, 100), impl="triton")
         for reduction in ("mean" if is_causal else "max", "error"):
             samples = {"samples_q": 16, "samples_kv": 8, "reduction": reduction}
             block_importance(query, key, **blocks, **samples, is_causal=is_causal, **options)
@@ -201,7 +208,8 @@ def main() -> None:
         qkv = make_qkv(q_len=100, head_dim=64, dtype=torch.bfloat16)
         pyramid_attention(*qkv, random_levels(BlockLayout(100, 100, num_levels=4)), num_levels=4, impl="triton")
     kernels = ("forward", "order", "positions", "logits", "reduce", "groups", "scores", "plan", "pool", "similarity")
-    kernels += ("coarser", "rank", "share", "assign", "mean", "delta", "query", "key_value", "turn", "readers")
+    kernels += ("directions", "tree", "permute", "coarser", "rank", "share")
+    kernels += ("assign", "mean", "delta", "query", "key_value", "turn", "readers")
     expected = {f"_{name}_kernel" for name in kernels}
     assert compiled == expected | ({"gluon_forward_kernel"} if capability == 90 else set()), compiled
 

@@ -31,8 +31,11 @@ from psa_kernels import (
     BlockLayout,
     LevelPlan,
     block_importance,
+    kd_tree,
     key_similarity,
     kmeans,
+    leading_directions,
+    permute_tokens,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -100,6 +103,10 @@ def run_all(view, dtype, q_len, kv_len, head_dim, block_q, block_kv, is_causal, 
         key_similarity(key, block_kv=block_kv, num_levels=num_levels, **options),
     ]
     results += kmeans(query, min(q_len, 5), num_iterations=1, impl="triton")
+    results.append(permute_tokens(key, key[..., 0].argsort(dim=2), impl="triton"))
+    moments = (x.float().mT @ x.float() for x in (query, query * 2))
+    results.append(leading_directions(*moments, 3, impl="triton"))
+    results.append(kd_tree(key[:, :, :16, :5], impl="triton"))
     for reduction in ("max", "mean", "error"):
         samples = {"samples_q": 7, "samples_kv": 5, "reduction": reduction}
         results.append(block_importance(query, key, **samples, **blocks, **options))

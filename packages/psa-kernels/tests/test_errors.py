@@ -12,8 +12,11 @@ from psa_kernels import (
     LevelPlan,
     block_importance,
     checks,
+    kd_tree,
     key_similarity,
     kmeans,
+    leading_directions,
+    permute_tokens,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -27,6 +30,8 @@ LEVELS = torch.ones(1, 2, 2, 2, dtype=torch.int8)
 ATTENTION = {"block_q": 32, "block_kv": 32}
 ONE_IS_7 = LEVELS + 6 * torch.eye(2, dtype=torch.int8)
 SCORES = torch.ones(4)
+SQUARE = torch.eye(4)
+ORDER = torch.arange(40).expand(1, 2, 40)
 WANTS_GRAD = Q.clone().requires_grad_()
 PYRAMID = pool_pyramid(K, block_kv=32, num_levels=2)
 PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
@@ -152,6 +157,38 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (ValueError, "kmeans takes float16, .* up to 256, got torch.float64",
             lambda: kmeans(K.double(), 2, impl="triton")),
         (ValueError, "impl must be one of 'triton'", lambda: kmeans(K, 2, impl="numpy")),
+        (TypeError, "points must be a tensor, got list", lambda: kd_tree([1])),
+        (TypeError, "points must be float16.*got torch.int64", lambda: kd_tree(torch.ones(4, 2).long())),
+        (ValueError, r"points must have shape \[..., n, m\] .*got \[4\]", lambda: kd_tree(SCORES)),
+        (ValueError, r"points must have shape \[..., n, m\] .*got \[4, 0\]", lambda: kd_tree(torch.ones(4, 0))),
+        (ValueError, r"n of points \[..., n, m\] must be a power of two of at most 256, got 40", lambda: kd_tree(K)),
+        (ValueError, "n of points .* at most 256, got 512", lambda: kd_tree(torch.ones(512, 2))),
+        (ValueError, "kd_tree takes up to 16384 coordinates a block.*got 256 tokens with 65",
+            lambda: kd_tree(torch.ones(256, 65), impl="triton")),
+        (ValueError, "impl must be one of 'triton'", lambda: kd_tree(torch.ones(4, 2), impl="numpy")),
+        (TypeError, "seen must be a tensor, got list", lambda: leading_directions([1], SQUARE, 1)),
+        (TypeError, "spread must be float32 or float64, got torch.float16",
+            lambda: leading_directions(SQUARE, SQUARE.half(), 1)),
+        (ValueError, r"seen must have shape \[..., D, D\] .*got \[1, 2, 40, 16\]",
+            lambda: leading_directions(K, SQUARE, 1)),
+        (ValueError, r"spread must have seen's shape \[4, 4\], got \[1, 4, 4\]",
+            lambda: leading_directions(SQUARE, SQUARE[None], 1)),
+        (TypeError, "spread must have seen's dtype torch.float32, got torch.float64",
+            lambda: leading_directions(SQUARE, SQUARE.double(), 1)),
+        (TypeError, "num_directions must be an integer, got float 2.0",
+            lambda: leading_directions(SQUARE, SQUARE, 2.0)),
+        (ValueError, "num_directions must be 1 to the 4 features of seen, got 5",
+            lambda: leading_directions(SQUARE, SQUARE, 5)),
+        (ValueError, "takes float32 of up to 256 features and 32 directions, got torch.float64, 4 and 1",
+            lambda: leading_directions(SQUARE.double(), SQUARE.double(), 1, impl="triton")),
+        (ValueError, "impl must be one of 'triton'", lambda: leading_directions(SQUARE, SQUARE, 1, impl="numpy")),
+        (ValueError, r"x must have shape \[B, H, L, D\]", lambda: permute_tokens(K[0], ORDER)),
+        (TypeError, "order must be a tensor, got list", lambda: permute_tokens(K, [1])),
+        (TypeError, "order must be int64, got torch.int32", lambda: permute_tokens(K, ORDER.int())),
+        (ValueError, r"order must have shape \[B, H, L\] of x, \[1, 2, 40\], got \[1, 1, 40\]",
+            lambda: permute_tokens(K, ORDER[:, :1])),
+        (ValueError, "order must be on x's device cpu, got meta", lambda: permute_tokens(K, ORDER.to("meta"))),
+        (ValueError, "impl must be one of 'triton'", lambda: permute_tokens(K, ORDER, impl="numpy")),
         (ValueError, "q_len must be at least 1, got 0", lambda: BlockLayout(0, 4)),
         (TypeError, "kv_len must be an integer", lambda: BlockLayout(4, 4.0)),
     ],
@@ -199,6 +236,8 @@ def test_triton_refuses_what_it_cannot_do():
         ("x", lambda x: kmeans(x, 2, impl="triton")),
         ("scores", lambda x: rank_levels(x, [1], impl="triton")),
         ("scores", lambda x: share_levels(x, [0.5], impl="triton")),
+        ("x", lambda x: permute_tokens(x, ORDER, impl="triton")),
+        ("points", lambda x: kd_tree(x[:, :, :32], impl="triton")),
     ],
 )
 def test_the_interpreter_refuses_bfloat16(argument, call):

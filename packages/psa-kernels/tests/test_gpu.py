@@ -11,7 +11,10 @@ from psa_kernels import (
     LevelPlan,
     block_importance,
     checks,
+    kd_tree,
     key_similarity,
+    leading_directions,
+    permute_tokens,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -28,12 +31,17 @@ def pipeline(query, key, value, seed=0):
     """Importance to output, every operator once."""
     importance = block_importance(query, key, samples_q=16, samples_kv=16, seed=seed, **BLOCKS)
     similarity = key_similarity(key, block_kv=64, num_levels=4)
+    tree = kd_tree(key[:, :, : key.shape[2] // 64 * 64].unflatten(2, (-1, 64))[..., :8])
+    moments = (x.float().mT @ x.float() for x in (query, key))
+    directions = leading_directions(*moments, 3)
+    permuted = permute_tokens(key, key[..., 0].argsort(dim=2))
     num_blocks = importance.shape[-1]
     levels = rank_levels(importance, [num_blocks // 4, num_blocks // 2, num_blocks // 2, num_blocks])
     levels = torch.maximum(levels, share_levels(importance, [0.3, 0.6], min_first=0.1))
     levels = torch.where(similarity[..., 2].unsqueeze(2) > 0, levels, 1).to(torch.int8)
     plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], **BLOCKS))
-    return pyramid_attention(query, key, value, plan, **BLOCKS) * plan.density().any()
+    out = pyramid_attention(query, key, value, plan, **BLOCKS)
+    return out * plan.density().any() * (tree >= 0).all() * directions.isfinite().all() * permuted.isfinite().all()
 
 
 def masked_pipeline(query, key, value, kv_lengths):
@@ -288,7 +296,9 @@ def test_a_device_that_is_not_the_current_one():
 def test_no_compilation_for_a_new_length_or_seed():
     from psa_kernels.block_importance.triton_fwd import _logits_kernel, _positions_kernel, _reduce_kernel
     from psa_kernels.key_similarity.triton_fwd import _similarity_kernel
+    from psa_kernels.leading_directions.triton_fwd import _directions_kernel
     from psa_kernels.level_plan.triton_fwd import _plan_kernel
+    from psa_kernels.permute_tokens.triton_fwd import _permute_kernel
     from psa_kernels.pyramid_attention.triton_fwd import _forward_kernel
     from psa_kernels.pyramid_attention.triton_order import _order_kernel
     from psa_kernels.pyramid_pool.triton_fwd import _pool_kernel
@@ -300,6 +310,8 @@ def test_no_compilation_for_a_new_length_or_seed():
         _logits_kernel,
         _reduce_kernel,
         _similarity_kernel,
+        _directions_kernel,
+        _permute_kernel,
         _rank_kernel,
         _share_kernel,
         _plan_kernel,

@@ -13,8 +13,11 @@ from psa_kernels import (
     LevelPlan,
     block_importance,
     checks,
+    kd_tree,
     key_similarity,
     kmeans,
+    leading_directions,
+    permute_tokens,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -39,6 +42,9 @@ def test_fakes_describe_the_results():
         (ops.level_plan, (plan.to_levels(), 6, "torch")),
         (ops.pyramid_pool, (key, LENGTHS, 5, "torch")),
         (ops.key_similarity, (key, None, 32, 4, "torch")),
+        (ops.kd_tree, (key.unflatten(2, (-1, 4)), "torch")),
+        (ops.leading_directions, (torch.eye(8).expand(2, 3, 8, 8), torch.eye(8).expand(2, 3, 8, 8), 2, "torch")),
+        (ops.permute_tokens, (key, torch.arange(100).expand(2, 2, 100), "torch")),
         (ops.kmeans, (key, key[:, :, ::9].float(), 2, "torch")),
         (ops.block_importance, (query, key, LENGTHS, 32, 16, 8, 8, "max", False, 0.1, 5, "torch")),
         (ops.block_importance, (query, key, None, 32, 16, 8, 8, "mean", True, 0.1, 0, "torch")),
@@ -58,6 +64,9 @@ def pipeline(query, key, value, kv_lengths, impl=None):
     similarity = key_similarity(key, block_kv=32, num_levels=3, impl=impl)
     coarse = pool_pyramid(key, block_kv=32, num_levels=3, impl=impl).level(3)
     clusters = kmeans(key, 5, num_iterations=2, impl=impl)
+    tree = kd_tree(key[:, :, :32], impl=impl)
+    directions = leading_directions(query.mT @ query, key.mT @ key, 3, impl=impl)
+    turned = permute_tokens(key, key[..., 0].argsort(dim=2), impl=impl)
     kept = scores.shape[-1] // 2
     levels = rank_levels(scores, [kept, kept, 2 * kept], impl=impl)
     shorter = rank_levels(scores, torch.tensor([[kept], [1]], dtype=torch.int32), impl=impl)
@@ -66,7 +75,9 @@ def pipeline(query, key, value, kv_lengths, impl=None):
     out, lse = pyramid_attention(query, key, value, levels, kv_lengths=kv_lengths, return_lse=True, **blocks)
     plan = LevelPlan.from_levels(levels, BlockLayout(query.shape[2], key.shape[2], block_q=32, block_kv=32), impl=impl)
     planned = pyramid_attention(query, key, value, plan, kv_lengths=kv_lengths, **blocks)
-    return out, lse, similarity, coarse, *clusters, planned, plan.density(), shorter, by_share
+    return (
+        out, lse, similarity, coarse, *clusters, directions, tree, turned, planned, plan.density(), shorter, by_share,
+    )  # fmt: skip
 
 
 def test_compiles_whole():

@@ -22,8 +22,8 @@ class KdTreeOrders:
     def __call__(
         self, query: Tensor, key: Tensor, *, step: int | None, layer: int = 0, impl: str | None = None
     ) -> AttentionOrder:
-        """The orders of one attention; `step`, `layer` and `impl` make no difference."""
-        keys = kd_tree_order(query, key, block_kv=self._block_kv, grid=self._grid, base=self._base)
+        """The orders of one attention; `step` and `layer` make no difference."""
+        keys = kd_tree_order(query, key, block_kv=self._block_kv, grid=self._grid, base=self._base, impl=impl)
         return AttentionOrder(query=self._base, key=keys)
 
     def reset(self) -> None:

@@ -45,7 +45,7 @@ def register(
     """
     head, results = signature.split(" -> ")
     name, _, arguments = head.partition("(")
-    first = arguments.split(",")[0].split()[1]
+    first = arguments.rstrip(")").split(",")[0].split()[1]
     _LIBRARY.define(f"{head[:-1]}, str impl) -> {results}")
 
     def run(*args: Any) -> Any:

@@ -223,8 +223,8 @@ def _gather(
 ):  # fmt: skip
     """What the warps do that load the rows of blocks too small for a descriptor, several blocks to a tile.
 
-    The warps with the descriptors say when such a tile is empty. A wait tells only even from odd turns of a barrier: who
-    does not look at every turn takes one for another, and to look at the turns of all tiles takes time from the warps
+    The warps with the descriptors say when such a tile is empty. A wait tells only even from odd turns of a barrier:
+    who does not look at every turn takes one for another, and to look at those of all tiles takes time from the warps
     that compute.
     """
     (

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from psa_kernels import checks as kernel_checks
+from psa_kernels import permute_tokens
 from psa_masks.order.token_order import TokenOrder
 
 
@@ -82,6 +83,8 @@ class HeadOrder:
             raise ValueError(f"dim must be 2, where the tokens of {list(x.shape)} are, got {dim}")
         if x.device != index.device:
             raise ValueError(f"x must be on the order's device {index.device}, got {x.device}")
+        if x.ndim == 4 and x.is_floating_point() and x.element_size() > 1 and x.numel():
+            return permute_tokens(x, index)
         return x.gather(2, index.reshape(*index.shape, *[1] * (x.ndim - 3)).expand_as(x))
 
 

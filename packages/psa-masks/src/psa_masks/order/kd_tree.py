@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from psa_kernels import checks as kernel_checks
+from psa_kernels import kd_tree, leading_directions
 from psa_masks.grid import VideoGrid, video_range_of
 from psa_masks.order.head_order import HeadOrder
 from psa_masks.order.semantic import check_base
 from psa_masks.order.token_order import TokenOrder
 
-_SAMPLES = 4096
-_POWER_STEPS = 6
+_SAMPLES = 4096  # of a head
+_PARTS = 8
 
 
 def kd_tree_order(
@@ -21,6 +22,7 @@ def kd_tree_order(
     grid: VideoGrid | None = None,
     base: TokenOrder | None = None,
     num_directions: int = 8,
+    impl: str | None = None,
 ) -> HeadOrder:
     """Reorder keys inside their blocks, so that tokens which are averaged together have nearly the same logits.
 
@@ -30,8 +32,9 @@ def kd_tree_order(
     level 1 is nearer to the truth.
 
     Tokens differ by their logits: the directions are those of largest variance of the keys as the queries see them, the
-    leading eigenvectors of ``C_q C_k`` with a head's second moments of queries and covariance of keys, found by power
-    iteration. Blocks that are not whole, or hold text, stay as they are. Nothing waits for the device.
+    leading eigenvectors of ``C_q C_k`` with a head's second moments of queries and covariance of keys, as
+    ``psa_kernels.leading_directions`` finds them from samples of both. Blocks that are not whole, or hold text, stay as
+    they are. Nothing waits for the device.
 
     Args:
         query: ``[B, H, q_len, D]``, H a multiple of H_kv.
@@ -40,6 +43,7 @@ def kd_tree_order(
         grid: the sequence, ``grid.seq_len == L``: its text tokens stay where they are. None takes all for video.
         base: the order in which the blocks are cut, which keeps text where it is; None is the order of ``key``.
         num_directions: how many directions there are to choose from, 1 to D.
+        impl: of the operators of psa_kernels that it calls, as these take it.
 
     Returns:
         The order of the keys and of their values, for each head.
@@ -71,54 +75,35 @@ def kd_tree_order(
         return HeadOrder(order.expand(batch, heads, length))
     inside = order[first:last]
     with torch.autocast(key.device.type, enabled=False), torch.no_grad():
-        directions = _directions(query, key[:, :, start:stop], num_directions)
-        places = key.index_select(2, inside) @ directions.to(key.dtype)
-        within = _split(places.float().unflatten(2, (-1, block_kv)))  # [B, H_kv, blocks, block_kv]
+        moments = sampled_moments(query, key[:, :, start:stop])
+        directions = leading_directions(*moments, num_directions, impl=impl)
+        places = (key @ directions.to(key.dtype)).index_select(2, inside)  # what moves is the smaller
+        within = kd_tree(places.unflatten(2, (-1, block_kv)), impl=impl)  # [B, H_kv, blocks, block_kv]
     moved = within + torch.arange(0, last - first, block_kv, device=key.device)[:, None]
     whole = order.repeat(batch, heads, 1)
     whole[:, :, first:last] = inside[moved.flatten(2)]
     return HeadOrder(whole)
 
 
-def _directions(query: Tensor, key: Tensor, count: int) -> Tensor:
-    """float32 ``[B, H_kv, D, count]``: the projections of keys that differ most as the queries see them."""
-    queries = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # those that read a head of keys
-    queries, keys = (x[:, :, :: max(1, x.shape[2] // _SAMPLES)].float() for x in (queries, key))
-    keys = keys - keys.mean(2, keepdim=True)
-    seen = queries.mT @ queries / queries.shape[2]
-    spread = keys.mT @ keys / keys.shape[2]
-    # Of unit size, so that nothing overflows; a little of the identity, so that nothing is singular.
-    eye = torch.eye(key.shape[3], device=key.device)
-    seen, spread = (x / _size(x) + 1e-6 * eye for x in (seen, spread))
-    vectors = eye[:, :count] + spread[..., :count]
-    for _ in range(_POWER_STEPS):
-        vectors = spread @ (seen @ vectors)
-        vectors = vectors / vectors.norm(dim=2, keepdim=True).clamp_min(1e-30)
-        gram = vectors.mT @ seen @ vectors
-        lower, _ = torch.linalg.cholesky_ex(gram + 1e-6 * _size(gram) * torch.eye(count, device=key.device))
-        vectors = torch.linalg.solve_triangular(lower, vectors.mT, upper=False).mT
-    directions = seen @ vectors
-    longest = directions.norm(dim=2, keepdim=True).amax(3, keepdim=True)
-    scaled: Tensor = directions / longest.clamp_min(1e-30)
-    return scaled
+def sampled_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Second moments of the queries that read a head of keys, and covariance of these, float32 ``[B, H_kv, D, D]``.
+
+    Either times a number of its own, which leading directions do not care about.
+    """
+    queries = _samples(query).unflatten(1, (key.shape[1], -1))  # [B, H_kv, those that read a head of keys, ...]
+    keys = _samples(key)
+    keys = keys - keys.mean((2, 3), keepdim=True)
+    return (queries.mT @ queries).sum((2, 3)), (keys.mT @ keys).sum(2)
 
 
-def _size(x: Tensor) -> Tensor:
-    """The mean of the diagonal of square matrices, positive, ``[..., 1, 1]``."""
-    return x.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-30)
+def _samples(x: Tensor) -> Tensor:
+    """float32 ``[B, H, parts, tokens, D]``, evenly from ``x`` ``[B, H, L, D]``.
 
-
-def _split(places: Tensor) -> Tensor:
-    """The tokens of blocks ``[..., n, m]``, n a power of two, by a balanced k-d tree, int64 ``[..., n]``."""
-    shape = places.shape[:-1]
-    size = shape[-1]
-    places = places.flatten(0, -3)  # [nodes, size, m]
-    tokens = torch.arange(size, device=places.device).expand(places.shape[0], size)
-    while size > 2:  # two tokens are averaged by every level that averages at all
-        axis = places.var(1, correction=0).argmax(-1)  # [nodes]
-        along = places.gather(2, axis[:, None, None].expand(-1, size, 1)).squeeze(2)
-        ranks = along.argsort(dim=1, stable=True)
-        tokens = tokens.gather(1, ranks).reshape(-1, size // 2)
-        places = places.gather(1, ranks[..., None].expand_as(places)).reshape(-1, size // 2, places.shape[2])
-        size //= 2
-    return tokens.reshape(shape)
+    In parts, because the product of one long matrix with itself has too few tiles to keep a GPU busy.
+    """
+    count = min(_SAMPLES, x.shape[2])
+    parts = _PARTS if count >= _PARTS else 1
+    count -= count % parts
+    step = x.shape[2] // count
+    samples: Tensor = x[:, :, : count * step : step].float().unflatten(2, (parts, -1))
+    return samples
