@@ -142,8 +142,9 @@ def launch(
     key_tiles, value_tiles = _KEY_AND_VALUE_TILES[dim_tile]
     compute_registers, load_registers = _REGISTERS[box_levels < num_levels]
     descriptors = _descriptors(query, out, key, value, pooled, dim_tile, block_kv, box_levels)
+    next_work = torch.zeros(1, dtype=torch.int32, device=query.device)
     _forward_kernel[(min(num_work, num_multiprocessors(query.device)),)](
-        *descriptors, pooled, order, indices, offsets, lse,
+        *descriptors, pooled, order, next_work, indices, offsets, lse,
         heads, heads // key.shape[1], q_len, key.shape[2], num_q_blocks, num_kv_blocks, num_work, pooled.shape[3],
         batch * key.shape[1], scale_log2,
         NUM_LEVELS=num_levels, BOX_LEVELS=box_levels, LOG2_BLOCK_KV=block_kv.bit_length() - 1,

@@ -46,6 +46,31 @@ def _place(plan_row, num_heads, num_q_blocks):
 
 
 @gluon.jit
+def _wait_for_row(plan_rows, query_full, turn, QUERIES: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """The row of the plan that the program's turn ``turn`` is for, negative when there is none left; its queries have
+    arrived."""
+    place = turn % QUERIES
+    mbarrier.wait(query_full.index(place), turn // QUERIES & 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+    return gl.max(plan_rows.index(place).load(layout), axis=0)
+
+
+@gluon.jit
+def _announce_row(plan_rows, query_full, place, plan_row):
+    """Tell the other warps what the next turn is for."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    plan_rows.index(place).store(gl.full([1], 0, gl.int32, layout) + plan_row)
+    mbarrier.arrive(query_full.index(place), count=1)
+
+
+@gluon.jit
+def _next_row(order_ptr, next_ptr, num_work):
+    """Take the next row of the plan that nobody has taken, negative when there is none left."""
+    work = gl.atomic_add(next_ptr, 1, sem="relaxed")
+    return gl.load(order_ptr + work, mask=work < num_work, other=-1)
+
+
+@gluon.jit
 def _boxes(slots_ptr, slot, first_place, last, num_kv_blocks, ROWS: gl.constexpr):
     """First rows of the blocks that a level has in a tile, int32 each, counted from the level's own first row, and in
     which places there are any: those from ``first_place`` on, as far as slots from ``slot`` to ``last`` go."""
@@ -140,23 +165,24 @@ def _load(
     """What the warp does that loads queries and keys by descriptor, and the one that loads values."""
     GATHER_THREADS: gl.constexpr = 128 if NUM_LEVELS > BOX_LEVELS else 0
     (
-        order_ptr, indices_ptr, plan_offsets_ptr, tmas, query_tma, queries, query_full, query_empty,
-        ring, full, empty, to_gather,
+        order_ptr, next_ptr, indices_ptr, plan_offsets_ptr, tmas, query_tma, queries, query_full, query_empty,
+        plan_rows, ring, full, empty, to_gather,
         num_heads, group, num_q_blocks, num_kv_blocks, num_work, first_sequence,
     ) = given  # fmt: skip
     tile = 0
-    next_row = gl.load(order_ptr + gl.program_id(0))
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
-        plan_row = next_row
-        next_row = gl.load(order_ptr + gl.minimum(work + gl.num_programs(0), num_work - 1))
+    turn = 0
+    if IS_KEYS:
+        plan_row = _next_row(order_ptr, next_ptr, num_work)
+    else:
+        plan_row = _wait_for_row(plan_rows, query_full, turn, QUERIES, 1)
+    while plan_row >= 0:
+        place = turn % QUERIES
         batch, head, q_block = _place(plan_row, num_heads, num_q_blocks)
         kv_head = head // group
         slots_ptr = indices_ptr + plan_row.to(gl.int64) * num_kv_blocks
         ends_ptr = plan_offsets_ptr + plan_row.to(gl.int64) * (NUM_LEVELS + 1)
 
         if IS_KEYS:
-            turn = work // gl.num_programs(0)
-            place = turn % QUERIES
             mbarrier.wait(query_empty.index(place), (turn // QUERIES & 1) ^ 1)
             mbarrier.expect(query_full.index(place), 128 * DIM * 2)
             for half in gl.static_range(2):
@@ -164,6 +190,9 @@ def _load(
                     query_tma, [batch, head, q_block * 128 + half * 64, 0], query_full.index(place),
                     queries.index(place * 2 + half),
                 )  # fmt: skip
+            _announce_row(plan_rows, query_full, place, plan_row)
+        else:
+            mbarrier.arrive(query_empty.index(place), count=1)
 
         filled = 0  # rows of the tile that the levels before have filled
         for level in gl.static_range(1, BOX_LEVELS + 1):
@@ -173,6 +202,9 @@ def _load(
                 tile, filled, ring, full, empty, tmas[level - 1], sequence, slots_ptr, first, last, num_kv_blocks,
                 (1 << LOG2_BLOCK_KV) >> (level - 1), DIM, STAGES, GATHER_THREADS,
             )  # fmt: skip
+            if IS_KEYS and level == 1:
+                # Takes as long to come as a tile to compute: not when a tile is waited for, nor when queries are.
+                plan_row = _next_row(order_ptr, next_ptr, num_work)
             if level == BOX_LEVELS:
                 tile = _fill_up(
                     tile, filled, ring, full, tmas[level - 1], sequence, slots_ptr, num_kv_blocks,
@@ -186,6 +218,14 @@ def _load(
                 mbarrier.arrive(full.index(stage), count=1)
                 mbarrier.arrive(to_gather.index(stage), count=1)
                 tile += 1
+        turn += 1
+        if not IS_KEYS:
+            plan_row = _wait_for_row(plan_rows, query_full, turn, QUERIES, 1)
+    if IS_KEYS:
+        place = turn % QUERIES
+        mbarrier.wait(query_empty.index(place), (turn // QUERIES & 1) ^ 1)
+        mbarrier.arrive(query_full.index(place), count=1)
+        _announce_row(plan_rows, query_full, place, plan_row)
 
 
 @gluon.jit
@@ -219,7 +259,7 @@ def _gather_rows(rows, full, base_ptr, offsets, DIM: gl.constexpr, HEAD_DIM: gl.
 @gluon.jit
 def _gather(
     given, NUM_LEVELS: gl.constexpr, BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
-    DIM: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
+    DIM: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """What the warps do that load the rows of blocks too small for a descriptor, several blocks to a tile.
 
@@ -228,15 +268,17 @@ def _gather(
     that compute.
     """
     (
-        order_ptr, indices_ptr, plan_offsets_ptr, pooled_ptr,
+        indices_ptr, plan_offsets_ptr, pooled_ptr, query_full, query_empty, plan_rows,
         keys, key_full, keys_to_gather, values, value_full, values_to_gather,
-        num_heads, group, kv_len, num_q_blocks, num_kv_blocks, num_work, pooled_rows, sequences,
+        num_heads, group, kv_len, num_q_blocks, num_kv_blocks, pooled_rows, sequences,
     ) = given  # fmt: skip
     tile = 0
     key_turns = 0  # bit s is that of the next turn of stage s
     value_turns = 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
-        plan_row = gl.load(order_ptr + work)
+    turn = 0
+    plan_row = _wait_for_row(plan_rows, query_full, turn, QUERIES, 4)
+    while plan_row >= 0:
+        mbarrier.arrive(query_empty.index(turn % QUERIES), count=1)
         batch, head, _ = _place(plan_row, num_heads, num_q_blocks)
         slots_ptr = indices_ptr + plan_row.to(gl.int64) * num_kv_blocks
         ends_ptr = plan_offsets_ptr + plan_row.to(gl.int64) * (NUM_LEVELS + 1)
@@ -276,6 +318,8 @@ def _gather(
                 _gather_rows(rows, value_full.index(stage), value_ptr, offsets, DIM, HEAD_DIM)
                 tile += 1
             level_start += level_rows
+        turn += 1
+        plan_row = _wait_for_row(plan_rows, query_full, turn, QUERIES, 4)
 
 
 @gluon.jit
@@ -447,19 +491,18 @@ def _compute(
 ):  # fmt: skip
     """What a group of four warps does: one half of each query block."""
     (
-        order_ptr, indices_ptr, plan_offsets_ptr, out_tma, lse_ptr,
-        queries, keys, values, query_full, query_empty, key_full, key_empty, value_full, value_empty,
-        num_heads, q_len, kv_len, num_q_blocks, num_kv_blocks, num_work, scale_log2,
+        indices_ptr, plan_offsets_ptr, out_tma, lse_ptr,
+        queries, keys, values, query_full, query_empty, plan_rows, key_full, key_empty, value_full, value_empty,
+        num_heads, q_len, kv_len, num_q_blocks, num_kv_blocks, scale_log2,
     ) = given  # fmt: skip
     tile = 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
-        turn = work // gl.num_programs(0)
-        plan_row = gl.load(order_ptr + work)
+    turn = 0
+    plan_row = _wait_for_row(plan_rows, query_full, turn, QUERIES, 4)
+    while plan_row >= 0:
         slots_ptr = indices_ptr + plan_row.to(gl.int64) * num_kv_blocks
         ends_ptr = plan_offsets_ptr + plan_row.to(gl.int64) * (NUM_LEVELS + 1)
         place = turn % QUERIES
         query = queries.index(place * 2 + PART).reshape([64, DIM])
-        mbarrier.wait(query_full.index(place), turn // QUERIES & 1)
         tile, acc, row_max, row_sum = _attend(
             tile, query, keys, values, key_full, key_empty, value_full, value_empty, slots_ptr, ends_ptr, kv_len,
             scale_log2, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, KEYS, VALUES,
@@ -480,6 +523,8 @@ def _compute(
         _store_tile(out_tma, [batch, head, q_block * 128 + PART * 64, 0], queries.index(place * 2 + PART))
         tma.store_wait(0)
         mbarrier.arrive(query_empty.index(place), count=1)
+        turn += 1
+        plan_row = _wait_for_row(plan_rows, query_full, turn, QUERIES, 4)
 
 
 @gluon.jit(
@@ -497,7 +542,7 @@ def _compute(
 )
 def _forward_kernel(
     query_tma, out_tma, key_tma, value_tma, level_2_tma, level_3_tma, level_4_tma, level_5_tma,
-    pooled_ptr, order_ptr, indices_ptr, plan_offsets_ptr, lse_ptr,
+    pooled_ptr, order_ptr, next_ptr, indices_ptr, plan_offsets_ptr, lse_ptr,
     num_heads, group, q_len, kv_len, num_q_blocks, num_kv_blocks, num_work, pooled_rows, sequences, scale_log2,
     NUM_LEVELS: gl.constexpr, BOX_LEVELS: gl.constexpr, LOG2_BLOCK_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
     DIM: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, QUERIES: gl.constexpr,
@@ -512,18 +557,21 @@ def _forward_kernel(
     barriers: gl.constexpr = mbarrier.MBarrierLayout()
     query_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], barriers)
     query_empty = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], barriers)
+    plan_rows = gl.allocate_shared_memory(gl.int32, [QUERIES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     key_full = gl.allocate_shared_memory(gl.int64, [KEYS, 1], barriers)
     key_empty = gl.allocate_shared_memory(gl.int64, [KEYS, 1], barriers)
     value_full = gl.allocate_shared_memory(gl.int64, [VALUES, 1], barriers)
     value_empty = gl.allocate_shared_memory(gl.int64, [VALUES, 1], barriers)
     keys_to_gather = gl.allocate_shared_memory(gl.int64, [KEYS, 1], barriers)
     values_to_gather = gl.allocate_shared_memory(gl.int64, [VALUES, 1], barriers)
+    # Which row of the plan is next the warp that loads queries takes from a counter, so that programs with little work
+    # take more of them, and says it with the queries; their place is empty once all warps have read it.
     # Empty once both groups say so. Full once the warp with the descriptors has said so and its bytes are there; where
     # threads gather rows too, also once each of these has, or that warp in their place.
     GATHER_THREADS: gl.constexpr = 128 if NUM_LEVELS > BOX_LEVELS else 0
     for i in gl.static_range(QUERIES):
-        mbarrier.init(query_full.index(i), count=1)
-        mbarrier.init(query_empty.index(i), count=2)
+        mbarrier.init(query_full.index(i), count=2)
+        mbarrier.init(query_empty.index(i), count=4 if GATHER_THREADS > 0 else 3)
     for i in gl.static_range(KEYS):
         mbarrier.init(key_full.index(i), count=GATHER_THREADS + 1)
         mbarrier.init(key_empty.index(i), count=2)
@@ -538,24 +586,24 @@ def _forward_kernel(
     IS_VALUES: gl.constexpr = False
     key_sequence = gl.to_tensor(0)
     compute = (
-        order_ptr, indices_ptr, plan_offsets_ptr, out_tma, lse_ptr,
-        queries, keys, values, query_full, query_empty, key_full, key_empty, value_full, value_empty,
-        num_heads, q_len, kv_len, num_q_blocks, num_kv_blocks, num_work, scale_log2,
+        indices_ptr, plan_offsets_ptr, out_tma, lse_ptr,
+        queries, keys, values, query_full, query_empty, plan_rows, key_full, key_empty, value_full, value_empty,
+        num_heads, q_len, kv_len, num_q_blocks, num_kv_blocks, scale_log2,
     )  # fmt: skip
     load_keys = (
-        order_ptr, indices_ptr, plan_offsets_ptr,
-        key_tmas, query_tma, queries, query_full, query_empty, keys, key_full, key_empty, keys_to_gather,
+        order_ptr, next_ptr, indices_ptr, plan_offsets_ptr, key_tmas, query_tma, queries, query_full, query_empty,
+        plan_rows, keys, key_full, key_empty, keys_to_gather,
         num_heads, group, num_q_blocks, num_kv_blocks, num_work, key_sequence,
     )  # fmt: skip
     load_values = (
-        order_ptr, indices_ptr, plan_offsets_ptr,
-        value_tmas, query_tma, queries, query_full, query_empty, values, value_full, value_empty, values_to_gather,
+        order_ptr, next_ptr, indices_ptr, plan_offsets_ptr, value_tmas, query_tma, queries, query_full, query_empty,
+        plan_rows, values, value_full, value_empty, values_to_gather,
         num_heads, group, num_q_blocks, num_kv_blocks, num_work, sequences,
     )  # fmt: skip
     gather = (
-        order_ptr, indices_ptr, plan_offsets_ptr, pooled_ptr,
+        indices_ptr, plan_offsets_ptr, pooled_ptr, query_full, query_empty, plan_rows,
         keys, key_full, keys_to_gather, values, value_full, values_to_gather,
-        num_heads, group, kv_len, num_q_blocks, num_kv_blocks, num_work, pooled_rows, sequences,
+        num_heads, group, kv_len, num_q_blocks, num_kv_blocks, pooled_rows, sequences,
     )  # fmt: skip
     if GATHER_THREADS > 0:
         gl.warp_specialize(
@@ -564,7 +612,7 @@ def _forward_kernel(
                 (_compute, (compute, LOWER, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, KEYS, VALUES, QUERIES)),
                 (_load, (load_keys, IS_KEYS, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, KEYS, QUERIES)),
                 (_load, (load_values, IS_VALUES, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, DIM, VALUES, QUERIES)),
-                (_gather, (gather, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, HEAD_DIM, DIM, KEYS, VALUES)),
+                (_gather, (gather, NUM_LEVELS, BOX_LEVELS, LOG2_BLOCK_KV, HEAD_DIM, DIM, KEYS, VALUES, QUERIES)),
             ],
             [4, 1, 1, 4],
             [COMPUTE_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
