@@ -201,6 +201,19 @@ ROWS: tuple[Row, ...] = (
     Row("quotas + tail, antidiagonals", tailed(method="antidiagonal"), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, blocks of 32", tailed(block_q=32, block_kv=32), CHOICES, base=WITH_TAIL, videos=True),
     Row("quotas + tail, blocks of 128", tailed(block_q=128, block_kv=128), CHOICES, base=WITH_TAIL, videos=True),
+    *(
+        Row(f"k-d tree, {what}", settings, CHOICES, "k-d tree", base="k-d tree", videos=True)
+        for what, settings in (
+            ("mean", tailed(TREED, reduction="mean")),
+            ("error", tailed(TREED, reduction="error")),
+            ("32 samples", tailed(TREED, samples_q=32, samples_kv=32)),
+            ("budget", budget(reduction="error", skip="mean", density=0.158)),
+            ("level 1 for 1%", tailed((0.01, 0.13, 0.23, 0.61))),
+            ("level 1 for 4%", tailed((0.04, 0.11, 0.20, 0.53))),
+            ("blocks of 128", tailed(TREED, block_q=128, block_kv=128)),
+            ("blocks of 32", tailed((0.01, 0.11, 0.21, 0.56), block_q=32, block_kv=32)),
+        )
+    ),
     Row("quotas, similarity cap", quota(PAPER, similarity_thresholds=SIMILARITY), CHOICES, base=QUOTAS, videos=True),
     Row("thresholds, min_full .06", threshold(min_full=0.06), CHOICES, base=BY_THRESHOLD),
     Row("thresholds, similarity cap", threshold(similarity_thresholds=SIMILARITY), CHOICES, base=BY_THRESHOLD),

@@ -1,7 +1,6 @@
-"""Pooling in one pass: a program reads 64 tokens once and writes their rows of every level up to 5.
+"""Pooling in one pass: a program, a single warp, reads 32 tokens once and writes their rows of every level up to 6.
 
-Rows of more than 16 tokens are few, and few rows leave threads idle: a second kernel makes those, of the sums of 16
-that the first one leaves.
+Rows of more tokens are few. A second kernel makes those, of the sums of 32 that the first one leaves.
 """
 
 import torch
@@ -13,12 +12,12 @@ from psa_kernels.layout import num_rows
 from psa_kernels.triton_device import on_device
 
 _DIM_TILE = 64
-_RUN = 64
+_RUN = 32
 """Tokens that a program reads."""
-_RUN_LEVELS = 5
+_RUN_LEVELS = 6
 """Levels that it makes."""
-_SUMS = 32
-"""Rows of sums that a program of the second kernel reads."""
+_SUMS = 8
+"""Rows of sums that a program of the second kernel reads: as many as make one of the coarsest level there is."""
 
 
 @triton.jit
@@ -49,6 +48,16 @@ def _of_program(num_runs, num_dim_tiles, num_heads):
     return row // num_runs // num_heads, row // num_runs % num_heads, row % num_runs, (pid % num_dim_tiles).to(tl.int32)
 
 
+@triton.jit
+def _columns(dim_tile, DIM_TILE: tl.constexpr):
+    """int32 [DIM_TILE], said to follow each other by no more than a warp's share of them.
+
+    So a thread gets as many columns, and with a warp a program all rows of these: it adds rows up without another.
+    """
+    SHARE: tl.constexpr = DIM_TILE // 32
+    return tl.max_contiguous(tl.multiple_of(dim_tile * DIM_TILE + tl.arange(0, DIM_TILE), SHARE), SHARE)
+
+
 @triton.jit(do_not_specialize=["num_heads", "kv_len", "rows_total", "num_runs", "num_dim_tiles"])
 def _pool_kernel(
     x_ptr, pooled_ptr, sums_ptr, kv_lengths_ptr, x_strides, num_heads, kv_len, head_dim, rows_total, num_runs,
@@ -59,7 +68,7 @@ def _pool_kernel(
     end = kv_len
     if HAS_LENGTHS:
         end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch)).to(tl.int32)
-    dim = dim_tile * DIM_TILE + tl.arange(0, DIM_TILE)
+    dim = _columns(dim_tile, DIM_TILE)
     token = tl.arange(0, RUN)
     x_ptr += batch * x_strides[0] + head * x_strides[1] + run * RUN * x_strides[2]
     offset = token[:, None] * x_strides[2] + dim[None, :] * x_strides[3]
@@ -89,7 +98,7 @@ def _coarser_kernel(
     end = kv_len
     if HAS_LENGTHS:
         end = tl.minimum(kv_len, tl.load(kv_lengths_ptr + batch)).to(tl.int32)
-    dim = dim_tile * DIM_TILE + tl.arange(0, DIM_TILE)
+    dim = _columns(dim_tile, DIM_TILE)
     row = tl.arange(0, SUMS)
     sums_ptr += ((batch * num_heads + head) * num_sums + run * SUMS) * head_dim
     mask = (run * SUMS + row < num_sums)[:, None] & (dim < head_dim)[None, :]
@@ -119,12 +128,13 @@ def _pool_into(pooled: Tensor, x: Tensor, kv_lengths: Tensor | None, num_levels:
         _pool_kernel[(batch * heads * num_runs * num_dim_tiles,)](
             x, pooled, sums, kv_lengths, x.stride(), heads, kv_len, head_dim, pooled.shape[2], num_runs, num_dim_tiles,
             HAS_LENGTHS=kv_lengths is not None, NUM_LEVELS=min(num_levels, _RUN_LEVELS), RUN=_RUN, DIM_TILE=_DIM_TILE,
+            num_warps=1,
         )  # fmt: skip
         if sums is not None:
             _coarser_kernel[(batch * heads * triton.cdiv(num_sums, _SUMS) * num_dim_tiles,)](
                 sums, pooled, kv_lengths, heads, kv_len, head_dim, pooled.shape[2], num_sums, num_dim_tiles,
                 HAS_LENGTHS=kv_lengths is not None, SUM_LEVEL=_RUN_LEVELS, NUM_LEVELS=num_levels, SUMS=_SUMS,
-                DIM_TILE=_DIM_TILE,
+                DIM_TILE=_DIM_TILE, num_warps=1,
             )  # fmt: skip
 
 
