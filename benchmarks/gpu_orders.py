@@ -117,7 +117,7 @@ def layer_rows(num_clusters: int, query: Tensor, key: Tensor, value: Tensor) -> 
     return rows
 
 
-def tree_rows(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def tree_rows(query: Tensor, key: Tensor, value: Tensor, kernels: Callable[..., dict[str, float]]) -> list[str]:
     """A layer with the keys of each block by a k-d tree, and the parts of that."""
 
     def make() -> AttentionOrder:
@@ -136,7 +136,9 @@ def tree_rows(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
         "of that: trees": lambda: kd_tree(points),
         "keys and values put in the order": lambda: order.apply(query, key, value),
     }
-    return [f"| {name} | {milliseconds(call):.3f} |" for name, call in times.items()]
+    alone = sum(kernels(lambda: make().apply(query, key, value)).values())
+    first, *parts = (f"| {name} | {milliseconds(call):.3f} |" for name, call in times.items())
+    return [first, f"| its kernels alone | {alone:.3f} |", *parts]
 
 
 def gather_rows(query: Tensor) -> list[str]:
@@ -160,7 +162,7 @@ def tables(
     lines = ["| what | ms |", "|---|---|", *curve_rows(grid, heads, dim, device), *gather_rows(query)]
     for num_clusters in CLUSTERS:
         lines += layer_rows(num_clusters, query, key, value)
-    lines += tree_rows(query, key, value)
+    lines += tree_rows(query, key, value, kernels)
     if dense:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             attention = milliseconds(lambda: scaled_dot_product_attention(query, key, value))
