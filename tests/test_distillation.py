@@ -48,6 +48,13 @@ def test_the_students_noise_levels_are_among_the_teachers(example: ModuleType, s
     torch.testing.assert_close(found, example.noise_levels(example.STEPS, CPU))
 
 
+def test_the_student_has_the_quotas_that_its_figures_were_measured_with(example: ModuleType) -> None:
+    attention = example.preset().attention
+    assert attention.mask_ratios.bounds == (0.09, 0.14, 0.14, 0.34)
+    assert (attention.rearrange_method, attention.skip, attention.warmup_steps) == ("Gilbert", "mean", 0)
+    assert (attention.block_size.m, attention.block_size.n) == (64, 64)
+
+
 @pytest.mark.parametrize("steps", [1, 3, 24])
 def test_other_numbers_of_steps_are_refused(example: ModuleType, steps: int) -> None:
     with pytest.raises(ValueError, match=f"teacher_steps must be 1 more than a multiple of 3, got {steps}"):

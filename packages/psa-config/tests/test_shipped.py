@@ -126,13 +126,14 @@ def test_the_tail_preset_is_the_balanced_one_with_means(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", VIDEO)
-def test_the_presets_of_our_own_read_every_block(model: str) -> None:
+def test_the_presets_of_our_own_pool_like_with_like_and_read_every_block(model: str) -> None:
     quality, fast, balanced = (pyramid(model, name) for name in ("psa_quality", "psa_fast", "psa_balanced"))
-    assert (quality.mask_mode, quality.skip, quality.use_rearrange) == ("topk", "mean", True)
+    assert (quality.mask_mode, quality.skip) == ("topk", "mean")
+    assert (quality.use_rearrange, quality.rearrange_method) == (True, "KdTree")
     assert quality.mask_ratios is not None
     assert fast.mask_ratios is not None
-    assert quality.mask_ratios.bounds == (0.09, 0.14, 0.14, 0.34)
-    assert fast.mask_ratios.bounds == (0.06, 0.095, 0.095, 0.225)
+    assert quality.mask_ratios.bounds == (0.02, 0.12, 0.22, 0.6)
+    assert fast.mask_ratios.bounds == (0.012, 0.072, 0.132, 0.36)
     same = {"mask_ratios": quality.mask_ratios, "description": quality.description}
     assert fast.model_copy(update=same) == quality
     assert quality.warmup_steps == balanced.warmup_steps

@@ -191,7 +191,7 @@ def test_tune_measures_a_diffusers_model(tmp_path: Path, capsys: pytest.CaptureF
     out = tmp_path / "mine.yaml"
     assert main(["tune", "--model", "wan2.1-1.3b", "--target-density", "0.4", *files, *size, "--out", str(out)]) == 0
     found = re.findall(r"attention error ([\d.]+), density ([\d.]+)", capsys.readouterr().out)
-    assert len(found) == 8
+    assert len(found) == 9
     assert all(0 < float(density) <= 0.4 for _, density in found)
     description = load_presets(out).get(MODELS["wan2.1-1.3b"].presets, "tuned").attention.description
     assert f"attention error {min(error for error, _ in found)}" in description

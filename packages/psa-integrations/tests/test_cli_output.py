@@ -40,10 +40,10 @@ def test_the_bar_says_step_kind_density_and_time_left(
 def test_the_demo_has_one_bar(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--weights", weights, "--out", str(tmp_path), *SIZE, "--json"]) == 0
     printed = capsys.readouterr()
-    assert re.search(r"psa_tail: 100%.*21/21", printed.err)
+    assert re.search(r"psa_quality: 100%.*21/21", printed.err)
     assert re.search(r"baseline: .* 7/21 ", printed.err)
     report = json.loads(printed.out)
-    assert [video["preset"] for video in report["videos"]] == ["baseline", "psa_balanced", "psa_tail"]
+    assert [video["preset"] for video in report["videos"]] == ["baseline", "psa_balanced", "psa_quality"]
     assert report["videos"][0]["psnr"] is None
     assert all(0 < video["ssim"] <= 1 for video in report["videos"][1:])
     assert all(Path(video["out"]).is_file() for video in report["videos"])

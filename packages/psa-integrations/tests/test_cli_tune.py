@@ -42,19 +42,21 @@ def test_writes_the_best_of_what_it_measured(
     printed = capsys.readouterr().out
     errors = {name: float(error) for name, error in re.findall(r"(.*): attention error ([\d.]+), density", printed)}
     decibels = {name: float(psnr) for name, psnr in re.findall(r"(.*): PSNR ([\d.]+) dB$", printed, re.MULTILINE)}
-    assert len(errors) == 8
+    assert len(errors) == 9
     # Videos are made with the two of least error, in that order.
     assert [errors[name] for name in decibels] == sorted(errors.values())[:2]
     assert all(float(density) <= 0.4 for density in re.findall(r"density ([\d.]+)\n", printed))
 
     attention = load_presets(out).get("tiny-wan").attention
     assert isinstance(attention, PyramidSparseAttention)
-    assert (attention.mask_mode, attention.density, attention.warmup_steps) == ("budget", 0.4, 5)
+    assert attention.warmup_steps == 5
+    assert (attention.mask_mode, attention.density) in (("budget", 0.4), ("topk", None))
     best = max(decibels, key=lambda name: decibels[name])
     assert f"PSNR {decibels[best]:.2f} dB" in attention.description
     assert f"attention error {errors[best]:.4f}" in attention.description
     assert best.startswith(attention.rearrange_method)
-    assert f"skip {attention.skip}, {attention.importance_reduction}, per {attention.budget_per}" in best
+    assert f", skip {attention.skip}, {attention.importance_reduction}, " in best
+    assert (attention.rearrange_method == "KdTree") == (", quotas " in best) == (attention.mask_mode == "topk")
 
     video = tmp_path / "video.mp4"
     command = ["generate", "--prompt", "a red circle moving right", "--presets", str(out), "--out", str(video)]
@@ -71,7 +73,7 @@ def test_json_has_the_figures_as_numbers(
     report = json.loads(capsys.readouterr().out)
     assert (report["out"], report["preset"]) == (str(out), "tiny-wan/tuned")
     assert (report["target_density"], report["steps"], report["prompts"]) == (0.4, 6, ["a red ring"])
-    assert len(report["candidates"]) == 8
+    assert len(report["candidates"]) == 9
     best = report["candidates"][0]
     assert {name: report[name] for name in best} == best
     assert list(best) == ["policy", "density", "attention_error", "psnr"]
@@ -82,6 +84,25 @@ def test_json_has_the_figures_as_numbers(
         f"density {best['density']:.4f}, attention error {best['attention_error']:.4f}, PSNR {best['psnr']:.2f} dB"
     )
     assert figures in report["description"]
+
+
+@pytest.mark.parametrize("density", [0.2, 0.7])
+def test_the_quotas_of_the_shipped_preset_are_scaled_to_the_density(
+    density: float, weights: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts.write_text("a red ring\n")
+    out = tmp_path / "mine.yaml"
+    monkeypatch.setattr("psa_integrations.cli.tune._POLICIES", ())  # the quotas alone are tried, and so written
+    assert tune(weights, prompts, out, "--target-density", str(density), "--steps", "6") == 0
+    attention = load_presets(out).get("tiny-wan").attention
+    assert isinstance(attention, PyramidSparseAttention)
+    assert (attention.rearrange_method, attention.mask_mode, attention.skip) == ("KdTree", "topk", "mean")
+    shipped = load_presets().get("tiny-wan", "psa_quality").attention.mask_ratios.bounds
+    bounds = attention.mask_ratios.bounds
+    factor = bounds[0] / shipped[0]
+    # Rounded to four places, and no end beyond all blocks.
+    assert bounds == pytest.approx([min(1.0, factor * bound) for bound in shipped], abs=0.002)
+    assert 0.8 * density < float(re.search(r"density ([\d.]+)", attention.description)[1]) <= density
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,16 @@ def test_other_token_orders(
         assert_same_but_for_rounding(run(pipeline), expected)
 
 
+@pytest.mark.parametrize("name", ["wan21", "cogvideox_5b", "hunyuan_token_replace", "ltx_i2v", "mochi"])
+def test_keys_by_a_tree(
+    name: str, build: Callable[[str], Any], run: Callable[..., torch.Tensor], make_preset: Callable[..., Preset]
+) -> None:
+    pipeline = build(name)
+    expected = run(pipeline, steps=2, height=96)
+    with apply_pyramid_sparse_attention(pipeline, make_preset((1.0, 1.0, 1.0, 1.0), rearrange_method="KdTree")):
+        assert_same_but_for_rounding(run(pipeline, steps=2, height=96), expected)
+
+
 @pytest.mark.parametrize("name", ["wan21", "wan22_5b_i2v", "cogvideox_5b", "hunyuan_token_replace", "ltx_i2v", "mochi"])
 def test_blocks_are_cut_in_token_order(
     name: str, build: Callable[[str], Any], run: Callable[..., torch.Tensor], make_preset: Callable[..., Preset]

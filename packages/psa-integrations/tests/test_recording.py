@@ -51,6 +51,20 @@ def test_the_map_with_the_prompt_of_the_chosen_places_is_kept(
     assert recorder.left_out == 0
 
 
+@pytest.mark.parametrize(("method", "count"), [("KdTree", 1), ("Hybrid", 0)])
+def test_maps_are_kept_where_blocks_keep_their_tokens(
+    method: str, count: int, build: Build, run: Run, make_preset: Callable[..., Preset]
+) -> None:
+    pipeline = build("wan21")
+    recorder = LevelRecorder(layers=(0,), steps=(0,), heads=(0,))
+    preset = make_preset((0.25, 0.4, 0.6, 0.75), rearrange_method=method, num_clusters=9)
+    with apply_pyramid_sparse_attention(pipeline, preset) as handle:
+        handle.record_levels(recorder)
+        run(pipeline, steps=1)
+    assert len(recorder.maps()) == count
+    assert all(kept.order is not None for kept in recorder.maps())
+
+
 def test_recording_changes_no_bit_and_ends(build: Build, run: Run, sparse: Preset) -> None:
     pipeline = build("wan21")
     recorder = LevelRecorder(layers=(0,), steps=(0,), heads=(0,))

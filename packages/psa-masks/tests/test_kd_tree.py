@@ -48,6 +48,13 @@ def test_each_half_lies_on_one_side_of_a_direction() -> None:
         assert (step >= 0).all() or (step <= 0).all()
 
 
+def test_narrow_heads_have_as_many_directions_as_they_are_wide() -> None:
+    query, key, _ = inputs(64, dim=4)
+    order = kd_tree_order(query, key, block_kv=16).order
+    assert torch.equal(order, kd_tree_order(query, key, block_kv=16, num_directions=4).order)
+    assert not torch.equal(order, kd_tree_order(query, key, block_kv=16, num_directions=1).order)
+
+
 def test_attention_to_whole_blocks_does_not_change() -> None:
     query, key, value = inputs(300)
     orders = AttentionOrder(query=None, key=kd_tree_order(query, key, block_kv=32))

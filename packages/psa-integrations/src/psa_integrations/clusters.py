@@ -30,6 +30,8 @@ class ClusterOrders:
         base: the order of tokens within a cluster, None where the tokens come in it already.
     """
 
+    keeps_blocks = False
+
     def __init__(
         self,
         *,

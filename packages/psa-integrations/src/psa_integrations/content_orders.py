@@ -10,6 +10,9 @@ from psa_masks import AttentionOrder
 class ContentOrders(Protocol):
     """Makes the orders of one attention after another."""
 
+    keeps_blocks: bool
+    """Whether every block holds the tokens it has without these orders, so that levels still tell of places."""
+
     def __call__(
         self, query: Tensor, key: Tensor, *, step: int | None, layer: int = 0, impl: str | None = None
     ) -> AttentionOrder:

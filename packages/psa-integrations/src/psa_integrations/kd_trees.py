@@ -14,6 +14,8 @@ class KdTreeOrders:
         base: the order in which blocks are cut, None where the tokens come in it already.
     """
 
+    keeps_blocks = True
+
     def __init__(self, *, block_kv: int, grid: VideoGrid, base: TokenOrder | None = None) -> None:
         self._block_kv = block_kv
         self._grid = grid

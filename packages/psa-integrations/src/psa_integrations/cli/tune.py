@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from psa_config import Preset, PyramidSparseAttention, load_presets
+from psa_config import MaskRatios, Preset, PyramidSparseAttention, load_presets
 from psa_integrations.attention import sparse_attention
-from psa_integrations.build import mask_policy, sparse_attention_of, token_order
+from psa_integrations.build import content_orders, mask_policy, sparse_attention_of, token_order
 from psa_integrations.cli.arguments import finite, positive
+from psa_integrations.cli.estimate import estimate_density
 from psa_integrations.cli.files import check_new_file, write_new
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults, command_name
@@ -36,7 +37,7 @@ from psa_integrations.cli.sample import (
 )
 from psa_integrations.cli.shapes import grid_of
 from psa_integrations.cli.video import SMALLEST_SIDE, psnr_and_ssim
-from psa_masks import MaskPolicy, TokenOrder, VideoGrid
+from psa_masks import AttentionOrder, MaskPolicy, VideoGrid
 
 # Whose self-attention reads the tokens of the video alone, in one transformer.
 _MODELS = ("tiny-wan", "wan2.1-1.3b", "wan2.1-14b", "wan2.2-5b")
@@ -58,7 +59,7 @@ class _Candidate:
 
     preset: Preset
     policy: MaskPolicy
-    order: TokenOrder | None
+    order: Callable[[Tensor, Tensor], AttentionOrder]
     logs: list[float] = field(default_factory=list)
     densities: list[float] = field(default_factory=list)
     psnr: float | None = None
@@ -66,11 +67,7 @@ class _Candidate:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dense: Tensor) -> None:
         """One self-attention ``[B, H, L, D]`` more, beside what dense attention gave."""
-        if self.order is not None:
-            query, key, value = (self.order.apply(x, dim=2) for x in (query, key, value))
-        out, density = sparse_attention(query, key, value, self.policy)
-        if self.order is not None:
-            out = self.order.undo(out, dim=2)
+        out, density = sparse_attention(query, key, value, self.policy, order=self.order)
         error = (out - dense).float().norm() / dense.float().norm()
         self.logs.append(math.log(max(float(error), 1e-30)))
         self.densities.append(float(density.mean()))
@@ -184,11 +181,42 @@ def _nothing(text: str) -> None:
 def _candidates(
     base: Preset, attention: PyramidSparseAttention, density: float, grid: VideoGrid
 ) -> Iterator[_Candidate]:
-    for policy, order in product(_POLICIES, _ORDERS):
-        changes = {"mask_mode": "budget", "mask_ratios": None, "density": density, **policy, **order}
+    by_budget = {"mask_mode": "budget", "mask_ratios": None, "density": density}
+    choices: list[dict[str, Any]] = [{**by_budget, **policy, **order} for policy, order in product(_POLICIES, _ORDERS)]
+    choices.append({"mask_ratios": _scaled_quotas(attention, density, grid)})
+    for changes in choices:
         changed = attention.model_copy(update=changes)
         preset = base.model_copy(update={"name": "tuned", "attention": changed})
-        yield _Candidate(preset, mask_policy(changed, grid), token_order(changed, grid))
+        yield _Candidate(preset, mask_policy(changed, grid), _orders(changed, grid))
+
+
+def _scaled_quotas(attention: PyramidSparseAttention, density: float, grid: VideoGrid) -> MaskRatios:
+    """The quotas of `attention` times what makes the most of `density`, or the least that there is if that is more."""
+    assert attention.mask_ratios is not None
+    bounds = attention.mask_ratios.bounds
+
+    def times(factor: float) -> MaskRatios:
+        ends = [0.0, *(round(min(1.0, factor * bound), 4) for bound in bounds)]
+        return MaskRatios(**dict(zip("1248", pairwise(ends), strict=True)))
+
+    low, high = 2**-10, 1 / bounds[0]  # from next to nothing to every block whole
+    for _ in range(20):
+        middle = (low + high) / 2
+        scaled = attention.model_copy(update={"mask_ratios": times(middle)})
+        if estimate_density(scaled, grid).expected <= density:
+            low = middle
+        else:
+            high = middle
+    return times(low)
+
+
+def _orders(attention: PyramidSparseAttention, grid: VideoGrid) -> Callable[[Tensor, Tensor], AttentionOrder]:
+    order = token_order(attention, grid)
+    contents = content_orders(attention, grid, base=order)
+    if contents is not None:
+        return partial(contents, step=None)
+    of_all = AttentionOrder(query=order, key=order)
+    return lambda query, key: of_all
 
 
 def _name(preset: Preset) -> str:
@@ -197,7 +225,11 @@ def _name(preset: Preset) -> str:
     order: str = attention.rearrange_method
     if order == "Cube":
         order += " " + "x".join(map(str, attention.tile_size))
-    return f"{order}, skip {attention.skip}, {attention.importance_reduction}, per {attention.budget_per}"
+    if attention.mask_ratios is None:
+        shares = f"per {attention.budget_per}"
+    else:
+        shares = "quotas " + " ".join(f"{bound:g}" for bound in attention.mask_ratios.bounds)
+    return f"{order}, skip {attention.skip}, {attention.importance_reduction}, {shares}"
 
 
 class _Measure(TorchFunctionMode):

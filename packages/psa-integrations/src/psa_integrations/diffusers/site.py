@@ -326,8 +326,9 @@ class TransformerSite:
                 f"{forward.grid}, which is what the input of the transformer has, got {query.shape[2]}"
             )
         take = None
-        # In orders of each head's own, a map would say nothing of the video.
-        if self.level_recorder is not None and forward.contents is None:
+        # Where each head has blocks of its own, a map would say nothing of the video.
+        placed = forward.contents is None or forward.contents.keeps_blocks
+        if self.level_recorder is not None and placed:
             assert forward.order is None or isinstance(forward.order, TokenOrder)
             place = (self.name, self._step, layer)
             take = self.level_recorder.taker(place, grid=forward.grid, order=forward.order, policy=forward.policy)

@@ -12,6 +12,7 @@ from psa_masks.order.token_order import TokenOrder
 
 _SAMPLES = 4096  # of a head
 _PARTS = 8
+_DIRECTIONS = 8
 
 
 def kd_tree_order(
@@ -21,7 +22,7 @@ def kd_tree_order(
     block_kv: int,
     grid: VideoGrid | None = None,
     base: TokenOrder | None = None,
-    num_directions: int = 8,
+    num_directions: int | None = None,
     impl: str | None = None,
 ) -> HeadOrder:
     """Reorder keys inside their blocks, so that tokens which are averaged together have nearly the same logits.
@@ -42,7 +43,7 @@ def kd_tree_order(
         block_kv: tokens of a key/value block, a power of two.
         grid: the sequence, ``grid.seq_len == L``: its text tokens stay where they are. None takes all for video.
         base: the order in which the blocks are cut, which keeps text where it is; None is the order of ``key``.
-        num_directions: how many directions there are to choose from, 1 to D.
+        num_directions: how many directions there are to choose from, 1 to D; None is 8, or D where that is less.
         impl: of the operators of psa_kernels that it calls, as these take it.
 
     Returns:
@@ -62,6 +63,8 @@ def kd_tree_order(
             f"got {list(query.shape)}"
         )
     kernel_checks.power_of_two("block_kv", block_kv)
+    if num_directions is None:
+        num_directions = min(_DIRECTIONS, head_dim)
     kernel_checks.integer("num_directions", num_directions)
     if not 1 <= num_directions <= head_dim:
         raise ValueError(f"num_directions must be 1 to the head_dim {head_dim}, got {num_directions}")
