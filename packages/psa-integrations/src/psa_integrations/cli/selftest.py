@@ -12,8 +12,11 @@ from psa_kernels import (
     KMeans,
     LevelPlan,
     block_importance,
+    kd_tree,
     key_similarity,
     kmeans,
+    leading_directions,
+    permute_tokens,
     pool_pyramid,
     pyramid_attention,
     rank_levels,
@@ -22,7 +25,7 @@ from psa_kernels import (
 from psa_kernels import checks as kernel_checks
 from psa_kernels.testing import assert_within_error_budget, make_qkv, random_levels
 
-_LENGTH, _BLOCK, _LEVELS, _SAMPLES, _CLUSTERS = 600, 64, 4, 16, 40  # the last block is short
+_LENGTH, _BLOCK, _LEVELS, _SAMPLES, _CLUSTERS, _DIRECTIONS = 600, 64, 4, 16, 40, 8  # the last block is short
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Cal
 
     def similarity(x: Tensor, impl: str | None) -> Tensor:
         return key_similarity(x, block_kv=_BLOCK, num_levels=_LEVELS, impl=impl)
+
+    def directions(seen: Tensor, spread: Tensor, impl: str | None) -> Tensor:
+        return leading_directions(seen, spread, _DIRECTIONS, impl=impl)
 
     def importance(q: Tensor, k: Tensor, impl: str | None, method: str = "sampled") -> Tensor:
         return block_importance(
@@ -141,6 +147,15 @@ def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Cal
         _assert_equal(got.counts, exact.counts)
         assert_within_error_budget(got.centroids, exact.centroids, low.centroids)
 
+    def check_tree() -> None:
+        points = key[:, :, : 2 * _BLOCK, :_DIRECTIONS].unflatten(2, (2, _BLOCK))
+        _assert_equal(kd_tree(points.to(device)), kd_tree(points, impl="reference"))
+
+    def check_permutation() -> None:
+        order = key[..., 0].argsort(dim=2, stable=True)
+        got = permute_tokens(value.to(device), order.to(device))
+        _assert_equal(got, permute_tokens(value, order, impl="reference"))
+
     yield "pool_pyramid", lambda: _check(pool, [key], device)
     yield "key_similarity", lambda: _check(similarity, [key], device)
     yield "block_importance", lambda: _check(importance, [query, key], device)
@@ -152,6 +167,11 @@ def _checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Cal
     yield "pyramid_attention", check_attention
     yield "pyramid_attention gradients", check_gradients
     yield "kmeans", check_kmeans
+    drawn = torch.randn(2, 3 * _BLOCK, _BLOCK, generator=torch.Generator().manual_seed(0))
+    moments = list(drawn.mT @ drawn)
+    yield "leading_directions", lambda: _check(directions, moments, device)
+    yield "kd_tree", check_tree
+    yield "permute_tokens", check_permutation
 
 
 def _check(operator: Callable[..., Tensor], inputs: list[Tensor], device: torch.device) -> None:
