@@ -175,8 +175,7 @@ def report_fastvideo(name: str) -> int:
     """In the process of its own: prints the figures or the reason, and returns the exit status."""
     try:
         print(json.dumps(asdict(measure_fastvideo(SHAPES[name]))))
-    # What it raises is the remark in its row of the table, and this process, there for that row alone, ends after it.
-    except Exception as error:  # another project's kernel, whose errors are of no known kinds
+    except Exception as error:  # another project's kernel raises anything; its row says what, and this process ends
         print(reason(error))
         return 1
     return 0
