@@ -5,6 +5,7 @@ attention and with presets. Real size, random weights in bfloat16 (`dit_models.p
 """
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -89,6 +90,13 @@ def main() -> None:
         torch.cuda.set_device(device)
     # The others wait for the first, which has to measure alone.
     dist.init_process_group("gloo" if options.tiny else "nccl", timeout=timedelta(minutes=20))
+    compare(options, rank, size, device)
+    gc.collect()  # the model's meshes hold groups, whose threads abort the process when they outlive the interpreter
+    dist.destroy_process_group()
+
+
+def compare(options: argparse.Namespace, rank: int, size: int, device: torch.device) -> None:
+    """The forward by the first process alone, then by all of them, and the table of both."""
     dtype, repeats = (torch.float32, 1) if options.tiny else (torch.bfloat16, REPEATS)
     context: AbstractContextManager[None] = nullcontext() if options.tiny else using(SDPBackend.CUDNN_ATTENTION)
     with torch.no_grad(), context, built(NAME, device, dtype, tiny=options.tiny) as run:
@@ -112,7 +120,6 @@ def main() -> None:
             ]
             write(options.out, "\n".join(lines))
             print("\n".join(lines))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
