@@ -26,20 +26,30 @@ nox.options.error_on_missing_interpreters = True
 
 
 def install(session: nox.Session, *what: str) -> None:
-    """pip install under the constraints that keep one build of torch everywhere."""
-    session.install("--constraint", str(ROOT / "constraints-cpu.txt"), *what)
+    """pip install under the constraints that keep one build of torch everywhere.
+
+    Without byte code, which takes half of an install's time: most of what is installed is never imported here.
+    """
+    session.install("--no-compile", "--constraint", str(ROOT / "constraints-cpu.txt"), *what)
 
 
-def install_packages(session: nox.Session, *extra: str) -> None:
+def install_packages(session: nox.Session) -> None:
     """All four packages, editable, with their test tools."""
     editable = [part for package in PACKAGES for part in ("--editable", f"packages/{package}[test]")]
-    install(session, *editable, *extra)
+    install(session, *editable)
 
 
 def test(session: nox.Session, folder: str) -> None:
     """Run the tests in ``folder`` that need no GPU, in a process a core, up to four."""
     options = ("--numprocesses", "auto", "--maxprocesses", "4", "-m", "not gpu")
     session.run("pytest", folder, *options, *session.posargs, env=SERIAL)
+
+
+def check_types(session: nox.Session) -> None:
+    """Static types of the four packages, in an environment that has them with all that they import."""
+    install(session, "mypy==2.4.1", "types-PyYAML", "types-jsonschema")
+    for package in PACKAGES:
+        session.run("mypy", f"packages/{package}/src")
 
 
 def build_wheels(session: nox.Session, folder: Path) -> None:
@@ -60,12 +70,13 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All that CI runs: the tests across packages here, then every other check in a session of its own."""
+    """All that CI runs: the tests across packages and types here, then every other check in a session of its own."""
     install_packages(session)
     test(session, "tests")
+    check_types(session)
     for package in PACKAGES:
         session.notify(f"alone({package})")
-    for name in ("oldest", "lint", "types", "imports", "build", "docs"):
+    for name in ("oldest", "lint", "imports", "build", "docs"):
         session.notify(name, posargs=())  # options of pytest are none of theirs
 
 
@@ -75,7 +86,8 @@ def alone(session: nox.Session, package: str) -> None:
     """A package from its wheel, with only what it declares: its tests pass, its import is light."""
     folder = Path(session.create_tmp()) / "wheels"
     folder.mkdir(exist_ok=True)
-    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *SOURCES)
+    needed = SOURCES[: PACKAGES.index(package) + 1]
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *needed)
     wheel = next(folder.glob(f"{package.replace('-', '_')}-*.whl"))
     install(session, "--find-links", str(folder), f"{wheel}[test]")
     session.run("python", "tests/lib/alone.py", package)
@@ -89,8 +101,7 @@ def oldest(session: nox.Session) -> None:
     declared = tomllib.loads((ROOT / integrations / "pyproject.toml").read_text())["project"]["dependencies"]
     (claimed,) = (what.removeprefix("diffusers>=") for what in declared if what.startswith("diffusers"))
     editable = [part for path in (*others, f"{integrations}[test]") for part in ("--editable", path)]
-    # Most of what is installed is never imported here.
-    install(session, "--no-compile", *editable, f"diffusers=={claimed}.*")
+    install(session, *editable, f"diffusers=={claimed}.*")
     session.run(
         "pytest", "-q", "-n", "2", "-k", OLDEST_TESTS, f"{integrations}/tests/test_diffusers_matrix.py", env=SERIAL
     )
@@ -107,9 +118,8 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types of the four packages."""
-    install_packages(session, "mypy==2.4.1", "types-PyYAML", "types-jsonschema")
-    for package in PACKAGES:
-        session.run("mypy", f"packages/{package}/src")
+    install_packages(session)
+    check_types(session)
 
 
 @nox.session
@@ -128,7 +138,8 @@ def build(session: nox.Session) -> None:
     environment = Path(session.create_tmp()) / "clean"
     session.run("python", "-m", "venv", "--clear", str(environment))
     python = str(environment / "bin" / "python")
-    install_into = (python, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints-cpu.txt"))
+    install_into = (python, "-m", "pip", "install", "--quiet", "--no-compile")
+    install_into += ("--constraint", str(ROOT / "constraints-cpu.txt"))
     # The sdists come over the wheels: what both need is installed once.
     for kind, *options in (("*.whl",), ("*.tar.gz", "--force-reinstall", "--no-deps")):
         archives = [str(path) for path in sorted(WHEELS.glob(kind))]

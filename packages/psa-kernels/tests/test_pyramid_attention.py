@@ -120,7 +120,7 @@ def test_every_number_of_levels(backend, num_levels):
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("level", range(1, 9))
 def test_one_level_at_every_tail(backend, level, dtype):
-    for tail in some(backend, range(1, 129), (1, 2, 7, 64, 127, 128)):
+    for tail in some(backend, range(1, 129), (1, 7, 127, 128)):
         qkv = make_qkv(heads=1, q_len=16, kv_len=128 + tail, head_dim=16, dtype=dtype, device=backend.device, seed=tail)
         levels = torch.full((1, 1, 1, 2), level, dtype=torch.int8, device=backend.device)
         check(backend, qkv, levels, block_q=16, block_kv=128)

@@ -89,7 +89,8 @@ def test_little_shared_memory_is_enough(triton_backend, limit_shared_memory, lau
     for a, b, c in zip(got, exact, low, strict=True):
         assert_within_error_budget(a, b, c, input_dtype=dtype)
     # Many heads: over few scores the oracle's own rounding, which the budget is made of, may be small by chance.
-    query, key, _ = make_qkv(heads=16, q_len=140, kv_len=300, head_dim=head_dim, dtype=dtype, device=device)
+    lengths = {"q_len": 140, "kv_len": 300} if device == "cuda" else {"q_len": 70, "kv_len": 150}  # where it is slow
+    query, key, _ = make_qkv(heads=16, **lengths, head_dim=head_dim, dtype=dtype, device=device)
     for samples in (16, 32):
         options = {"block_q": 64, "block_kv": 64, "samples_q": samples, "samples_kv": samples}
         exact = block_importance(query.double(), key.double(), impl="reference", **options)
