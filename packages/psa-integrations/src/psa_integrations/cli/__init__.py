@@ -1,12 +1,16 @@
 """The `psa` command."""
 
 import argparse
-import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 
+from psa_config.terminal import flush, forget_output, print_anything
 from psa_integrations.__about__ import __version__
 from psa_integrations.cli import bench, compare, demo, doctor, generate, presets, tune
 
@@ -28,17 +32,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: what the command's `run` returned, None being 0; 1 after an error in
-    one line, 130 when interrupted."""
+    one line, 128 and the number of the signal when interrupted, which is 130 for Ctrl-C."""
     options = build_parser().parse_args(argv)
+    print_anything()
     try:
-        status = int(options.run(options) or 0)
-        sys.stdout.flush()  # what cannot be written is known here, not in the interpreter's last breath
+        with _signals_interrupt():
+            status = int(options.run(options) or 0)
+            flush()
     except KeyboardInterrupt as error:
-        print(f"psa: interrupted{_notes(error)}", file=sys.stderr)
-        return 130
+        stopped = error.signal if isinstance(error, _Stopped) else signal.SIGINT
+        how = "interrupted" if stopped is signal.SIGINT else f"stopped by {stopped.name}"
+        print(f"psa: {how}{_notes(error)}", file=sys.stderr)
+        return 128 + stopped
     except BrokenPipeError:
-        # The reader has gone, as `head` does: nothing is left to be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_output()
         return 1
     except (MemoryError, torch.OutOfMemoryError) as error:
         advice = "a smaller --width, --height or --frames needs less, and so does --dtype bfloat16"
@@ -49,6 +56,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"psa: error: {' '.join(str(error).split())}{_notes(error)}", file=sys.stderr)
         return 1
     return status
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal other than that of Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise _Stopped(number)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Lets what ends a process by default interrupt it, so that it leaves no half file behind."""
+    numbers = [number for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number is not None]
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may ask for signals
+    ours = [number for number in numbers if in_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _notes(error: BaseException) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from psa_config import DenseAttention, Preset, load_presets
+from psa_config.files import check_folder_of
 from psa_integrations.__about__ import __version__
 from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.arguments import Numbers
-from psa_integrations.cli.files import check_folder_of
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults, command_name
 from psa_integrations.cli.output import print_json, set_up_logging

@@ -13,7 +13,6 @@ from psa_config.describe import describe
 from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.arguments import positive
 from psa_integrations.cli.estimate import estimate_density, run_density
-from psa_integrations.cli.files import check_new_file
 from psa_integrations.cli.models import MODELS, presets_name
 from psa_integrations.cli.output import counted
 from psa_integrations.cli.shapes import SHAPES, grid_of
@@ -26,9 +25,8 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("presets", help="list, explain, check and write presets")
     subcommands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_commands(subcommands)
-    for name, run in (("new", run_new), ("convert", run_convert)):
-        command = subcommands.choices[name]
-        command.set_defaults(run=partial(run, command.get_default("run")))
+    new = subcommands.choices["new"]
+    new.set_defaults(run=partial(run_new, new.get_default("run")))
     show: argparse.ArgumentParser = subcommands.add_parser(
         "show", help="explain a preset in words, with its density and work at a size"
     )
@@ -41,17 +39,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run_new(plain: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """psa-config's command, which is `plain`, for a file that can be made and either name of the model."""
+    """psa-config's command, which is `plain`, for either name of the model."""
     options.model = presets_name(options.model)
-    if options.file is not None:
-        check_new_file(options.file, "file")
-    return plain(options)
-
-
-def run_convert(plain: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """psa-config's command, which is `plain`, for a file that can be made."""
-    if options.out is not None:
-        check_new_file(options.out, "--out")
     return plain(options)
 
 

@@ -18,11 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from psa_config import MaskRatios, Preset, PyramidSparseAttention, load_presets
+from psa_config.files import check_new_file, write_new
 from psa_integrations.attention import sparse_attention
 from psa_integrations.build import content_orders, mask_policy, sparse_attention_of, token_order
 from psa_integrations.cli.arguments import finite, positive
 from psa_integrations.cli.estimate import estimate_density
-from psa_integrations.cli.files import check_new_file, write_new
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults, command_name
 from psa_integrations.cli.output import counted, print_json, set_up_logging, versions

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from psa_integrations.cli.files import check_folder_of
+from psa_config.files import check_folder_of
 
 _log = logging.getLogger(__name__)
 

@@ -26,14 +26,17 @@ def check_new_file(path: Path, argument: str) -> None:
 
 
 def write_new(text: str, path: Path, argument: str) -> None:
-    """Makes a text file, which is whole or absent.
+    """Makes a text file in UTF-8, which is whole or absent.
 
     Raises:
         OSError: `path`, which `argument` gave, is there already, or cannot be written.
     """
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.stem}-") as folder:
         partial = Path(folder) / path.name
-        partial.write_text(text, encoding="utf-8")
+        try:
+            partial.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OSError(f"{argument} {path} was not written: {error.strerror}") from error
         try:
             path.touch(exist_ok=False)  # takes the name, which no one else can then
         except FileExistsError as error:
