@@ -201,6 +201,9 @@ def test_wrong_usage_exits_with_two(arguments: list[str]) -> None:
     [
         ("--width", "abc", "must be a whole number, got 'abc'"),
         ("--frames", "1.5", "must be a whole number, got '1.5'"),
+        ("--frames", "0", "must be at least 1, got 0"),
+        ("--frames", "9" * 26, f"must be at most 2147483647, got {'9' * 26}"),
+        ("--fps", "1001", "must be at most 1000, got 1001"),
         ("--seed", "", "must be a whole number, got ''"),
         ("--guidance", "high", "must be a number, got 'high'"),
         ("--guidance", "nan", "must be finite, got nan"),

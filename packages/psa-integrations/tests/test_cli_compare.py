@@ -212,12 +212,12 @@ def test_what_was_finished_before_a_failure_is_kept_under_another_name(
         assert [[run["video"] for run in entry["runs"]] for entry in metrics["prompts"]] == [kept]
 
 
-@pytest.mark.parametrize("text", ["", "1,", "-1", "a", "1.5"])
+@pytest.mark.parametrize("text", ["", "1,", "-1", "a", "1.5", "2147483648", "9" * 5000])
 def test_what_is_no_list_of_numbers_is_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         build_parser().parse_args(["compare", f"--map-layers={text}"])
     assert exit_.value.code == 2
-    rule = "argument --map-layers: must be whole numbers from 0 on with commas or spaces between them"
+    rule = "argument --map-layers: must be whole numbers from 0 to 2147483647 with commas or spaces between them"
     assert f"{rule}, got {text!r}" in capsys.readouterr().err
 
 

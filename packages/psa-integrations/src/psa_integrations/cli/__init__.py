@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import torch
-
 from psa_config.terminal import flush, forget_output, print_anything
 from psa_integrations.__about__ import __version__
 from psa_integrations.cli import bench, compare, demo, doctor, generate, presets, tune
+from psa_integrations.cli.load import is_out_of_memory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         forget_output()
         return 1
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        advice = "a smaller --width, --height or --frames needs less, and so does --dtype bfloat16"
-        text = f"psa: error: out of memory: {advice}. {' '.join(str(error).split())}".rstrip()
-        print(f"{text}{_notes(error)}", file=sys.stderr)
-        return 1
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"psa: error: {' '.join(str(error).split())}{_notes(error)}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if is_out_of_memory(error):
+            sizes = "--lengths" if hasattr(options, "lengths") else "--width, --height or --frames"
+            advice = f"a smaller {sizes} needs less, and so does --dtype bfloat16"
+            text = f"out of memory: {advice}. {text}".rstrip()
+        print(f"psa: error: {text}{_notes(error)}", file=sys.stderr)
         return 1
     return status
 
