@@ -79,7 +79,7 @@ def test_names_and_descriptions_stay_on_their_line(
     file = tmp_path / "a.yaml"
     file.write_text(form.replace('"..."', r'"a\nb\e[31m\u202e"').replace(" balanced", r' "bal\nanced"'))
     assert main(["list", "--presets", str(file)]) == 0
-    assert capsys.readouterr().out.splitlines()[1] == r"  bal\nanced (default)  a\nb\x1b[31m\u202e"
+    assert capsys.readouterr().out.splitlines()[1] == r"  bal\nanced (default)  a b\x1b[31m\u202e"
 
 
 def test_output_that_cannot_say_everything(tmp_path: Path, form: str) -> None:

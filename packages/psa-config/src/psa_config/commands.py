@@ -53,7 +53,7 @@ def _list(options: argparse.Namespace) -> int:
         print(printable(model))
         for name in book.presets(model):
             mark = " (default)" if name == default else ""
-            description = book.get(model, name).attention.description
+            description = " ".join(book.get(model, name).attention.description.split())
             print("  " + "  ".join(filter(None, (f"{printable(name)}{mark}", printable(description)))))
     return 0
 

@@ -32,6 +32,15 @@ def finite(text: str) -> float:
     return value
 
 
+def text(text: str) -> str:
+    """Parses text that UTF-8 can hold, which bytes of another encoding are not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be text in UTF-8, got {text!r}") from None
+    return text
+
+
 def seed(text: str) -> int:
     """Parses what torch takes as a seed."""
     value = _integer(text)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from psa_config import load_presets
+from psa_integrations.cli.arguments import text
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import counted, print_json, set_up_logging, versions
@@ -29,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "preset, and with psa_quality, which pools like with like and skips no block. Prints time, density, PSNR and "
         "SSIM against dense, and writes the videos, alone and side by side.",
     )
-    parser.add_argument("--prompt", default="a red circle moving right on a striped background")
+    parser.add_argument("--prompt", type=text, default="a red circle moving right on a striped background")
     parser.add_argument("--out", type=Path, default=Path("videos"), metavar="FOLDER", help="default: videos")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="other weights for the model")
     add_sampling_options(parser)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from psa_config import load_presets
+from psa_config.errors import printable
+from psa_integrations.cli.arguments import text
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, command_name
 from psa_integrations.cli.output import counted, print_json, set_up_logging, versions
@@ -24,7 +26,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--model", type=command_name, choices=tuple(MODELS), default="tiny-wan")
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt")
+    prompts.add_argument("--prompt", type=text)
     prompts.add_argument(
         "--prompt-file",
         type=Path,
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     set_up_logging(verbose=options.verbose, quiet=options.quiet)
     spec = MODELS[options.model]
     preset = load_presets(options.presets).get(spec.presets, options.preset)
-    check_output(options.out)
+    check_output(options.out if options.prompt_file is None else numbered(options.out, 0))
     share = Share.of()
     prompts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
     settings = chosen(options, spec.defaults_of(preset.name))
@@ -91,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
             print_json(report)
         else:
             print(
-                f"{out}: {counted(frames, 'frame')} of {width}x{height}, {preset.model}/{preset.name}, "
+                f"{out}: {counted(frames, 'frame')} of {width}x{height}, {preset.model}/{printable(preset.name)}, "
                 f"{result.seconds:.1f} s, density {result.density:.3f}",
                 flush=True,
             )

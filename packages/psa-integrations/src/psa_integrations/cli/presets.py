@@ -10,6 +10,7 @@ from typing import Any
 from psa_config import Preset, load_presets
 from psa_config.commands import add_commands
 from psa_config.describe import describe
+from psa_config.errors import printable
 from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.arguments import positive
 from psa_integrations.cli.estimate import estimate_density, run_density
@@ -53,8 +54,9 @@ def run_show(options: argparse.Namespace) -> int:
 
 
 def _explanation(preset: Preset, options: argparse.Namespace) -> Iterator[str]:
-    title = f"{preset.model}/{preset.name}"
-    yield f"{title}: {preset.attention.description}" if preset.attention.description else title
+    title = printable(f"{preset.model}/{preset.name}")
+    description = printable(" ".join(preset.attention.description.split()))
+    yield f"{title}: {description}" if description else title
     yield ""
     yield from describe(preset)
     yield ""

@@ -6,8 +6,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from psa_config.errors import printable
 from psa_integrations.diffusers import AppliedAttention
 from psa_integrations.stats import AttentionStats
+
+_LONGEST_NAME = 32
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
@@ -25,7 +28,7 @@ class Progress:
 
     def run(self, name: str, applied: AppliedAttention) -> StepCallback:
         """What a pipeline is to call after each step of the run called `name`, as its `callback_on_step_end`."""
-        self._bar.set_description(name)
+        self._bar.set_description(printable(name)[:_LONGEST_NAME])
 
         def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if not self._bar.disable:

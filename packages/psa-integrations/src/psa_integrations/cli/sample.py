@@ -15,7 +15,7 @@ import torch
 
 from psa_config import Preset
 from psa_integrations.build import check_clusters, sparse_attention_of
-from psa_integrations.cli.arguments import finite, frames_per_second, positive, seed
+from psa_integrations.cli.arguments import finite, frames_per_second, positive, seed, text
 from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
 from psa_integrations.cli.progress import Progress
@@ -79,7 +79,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=positive)
     parser.add_argument("--steps", type=positive, help="denoising steps")
     parser.add_argument("--guidance", type=finite, help="scale of classifier-free guidance")
-    parser.add_argument("--negative-prompt", help="what to lead away from")
+    parser.add_argument("--negative-prompt", type=text, help="what to lead away from")
     parser.add_argument("--fps", type=frames_per_second, help="frames a second of the file")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
