@@ -19,6 +19,7 @@ from psa_integrations.cli.arguments import Numbers, text
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults, command_name
 from psa_integrations.cli.output import print_json, set_up_logging
+from psa_integrations.cli.progress import Progress
 from psa_integrations.cli.prompts import read_prompts
 from psa_integrations.cli.sample import StepClock, add_sampling_options, check_calls, check_run, chosen, sample
 from psa_integrations.cli.video import SMALLEST_SIDE, write_video
@@ -99,7 +100,8 @@ def run(options: argparse.Namespace) -> None:
         }
         writer = ReportWriter(about, num_videos=len(prompts) * len(presets))
         try:
-            _make_videos(pipeline, prompts, presets, maps, options, settings, writer, folder)
+            with Progress(len(prompts) * len(presets) * settings.steps, quiet=options.quiet) as progress:
+                _make_videos(pipeline, prompts, presets, maps, options, settings, progress, writer, folder)
             writer.write(folder)
         except BaseException as error:  # an interrupt too: it goes on, with a remark
             kept = _keep_finished(writer, folder, options.out)
@@ -119,6 +121,7 @@ def _make_videos(
     maps: Mapping[str, tuple[int, ...]],
     options: argparse.Namespace,
     settings: RunDefaults,
+    progress: Progress,
     writer: ReportWriter,
     folder: Path,
 ) -> None:
@@ -126,11 +129,12 @@ def _make_videos(
     for number, prompt in enumerate(prompts, 1):
         writer.start_prompt(prompt)
         if not options.json:
-            print(f"{prompt!r}, seed {options.seed}")
+            with progress.aside():
+                print(f"{prompt!r}, seed {options.seed}", flush=True)
         for place, preset in enumerate(presets):
             recorder, clock = LevelRecorder(**maps, max_bytes=_MAP_BYTES), StepClock()
             told = argparse.Namespace(**vars(options) | {"prompt": prompt})
-            result = sample(pipeline, preset, told, settings, recorder=recorder, clock=clock)
+            result = sample(pipeline, preset, told, settings, progress, recorder=recorder, clock=clock)
             name = f"{number}-{place}-{re.sub(r'[^A-Za-z0-9._-]', '_', preset.name)[:_LONGEST_NAME]}.mp4"
             write_video(result.video, folder / name, settings.fps)
             entry = writer.add(
@@ -147,7 +151,8 @@ def _make_videos(
                 )
             )
             if not options.json:
-                print(f"  {_line(entry)}")
+                with progress.aside():
+                    print(f"  {_line(entry)}", flush=True)
 
 
 def _line(entry: Any) -> str:

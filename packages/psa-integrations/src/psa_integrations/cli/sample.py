@@ -76,7 +76,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=0, help="of the initial noise (default 0)")
     parser.add_argument("--width", type=positive, help="in pixels")
     parser.add_argument("--height", type=positive, help="in pixels")
-    parser.add_argument("--frames", type=positive)
+    parser.add_argument("--frames", type=positive, help="of the video")
     parser.add_argument("--steps", type=positive, help="denoising steps")
     parser.add_argument("--guidance", type=finite, help="scale of classifier-free guidance")
     parser.add_argument("--negative-prompt", type=text, help="what to lead away from")
@@ -167,7 +167,7 @@ def sample(
     preset: Preset,
     options: argparse.Namespace,
     run: RunDefaults,
-    progress: Progress | None = None,
+    progress: Progress,
     *,
     recorder: LevelRecorder | None = None,
     clock: StepClock | None = None,
@@ -179,7 +179,7 @@ def sample(
         preset: of its model.
         options: those of `add_sampling_options`, and `prompt`.
         run: what they come to, see `chosen`.
-        progress: counts the steps; None is a bar for this run alone.
+        progress: counts the steps.
         recorder: gets the level maps.
         clock: times the steps.
 
@@ -191,8 +191,7 @@ def sample(
     with ExitStack() as stack:
         applied = stack.enter_context(apply_pyramid_sparse_attention(pipeline, preset))
         applied.record_levels(recorder)
-        bar = progress or stack.enter_context(Progress(run.steps, quiet=options.quiet))
-        counted = bar.run(preset.name, applied)
+        counted = progress.run(preset.name, applied)
         if clock is not None:
             for name in ("transformer", "transformer_2"):
                 if getattr(pipeline, name, None) is not None:
