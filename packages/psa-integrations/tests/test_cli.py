@@ -283,6 +283,14 @@ def test_demo_refuses_before_it_loads_the_model(
     assert message in error_line(capsys)
 
 
+def test_a_demo_that_fails_leaves_no_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--weights", "nowhere", "--out", str(tmp_path / "videos"), "--quiet"]) == 1
+    assert "no tiny-wan weights" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main(["demo", "--weights", "nowhere", "--out", str(tmp_path), "--quiet"]) == 1
+    assert tmp_path.is_dir()
+
+
 def test_the_smallest_demo_is_compared(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--weights", weights, "--out", str(tmp_path), *SIZE, "--width", "12", "--height", "12"]) == 0
     assert "nan" not in capsys.readouterr().out
