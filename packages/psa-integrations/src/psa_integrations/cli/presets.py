@@ -47,7 +47,9 @@ def run_new(plain: Callable[[argparse.Namespace], int], options: argparse.Namesp
 
 def run_show(options: argparse.Namespace) -> int:
     """Prints the explanation."""
-    preset = load_presets(options.presets).get(presets_name(options.model), options.preset)
+    book = load_presets(options.presets)
+    model = options.model if options.model in book.models else presets_name(options.model)
+    preset = book.get(model, options.preset)
     for line in list(_explanation(preset, options)):  # nothing of it where something is wrong
         print(textwrap.fill(line, 100, subsequent_indent="  ") if line else "")
     return 0
