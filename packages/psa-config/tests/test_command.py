@@ -1,8 +1,10 @@
 """`python -m psa_config`, and what importing the package loads."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,45 @@ def test_list_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     book = load_presets()
     assert len(lines) == len(book.models) + sum(len(book.presets(model)) for model in book.models)
     assert "  psa_balanced (default)  The published balanced setting." in lines
+
+
+def test_check_shows_the_lines_of_a_pipe(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(form.replace("226", "x"),))
+    writer.start()
+    assert main(["check", str(pipe)]) == 1
+    writer.join()
+    assert "    7 |   text_length: x" in capsys.readouterr().out.splitlines()
+
+
+def test_names_and_descriptions_stay_on_their_line(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(form.replace('"..."', r'"a\nb\e[31m\u202e"').replace(" balanced", r' "bal\nanced"'))
+    assert main(["list", "--presets", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == r"  bal\nanced (default)  a b\x1b[31m\u202e"
+
+
+def test_output_that_cannot_say_everything(tmp_path: Path, form: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(form.replace('"..."', "日本"), encoding="utf-8")
+    command = [sys.executable, "-m", "psa_config", "list", "--presets", str(file)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert r"\u65e5\u672c" in run.stdout
+
+
+def test_a_reader_that_goes_away_is_told_nothing() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(
+        [sys.executable, "-m", "psa_config", "list"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (run.returncode, run.stderr) == (1, "")
 
 
 def test_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

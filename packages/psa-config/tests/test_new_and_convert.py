@@ -1,5 +1,7 @@
 """Files that the commands write: they load, they mean what they were made of, they are whole or absent."""
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -134,17 +136,42 @@ def test_new_leaves_a_file_that_is_there(tmp_path: Path, capsys: pytest.CaptureF
     file = tmp_path / "new.yaml"
     file.write_text("mine")
     assert main(["new", str(file)]) == 1
-    assert capsys.readouterr().err == f"{file} exists already, and is left as it is\n"
+    message = f"file must be a file that is not there yet, and {file} is left as it is\n"
+    assert capsys.readouterr().err == message
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("new.yaml", "mine")]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_leaves_a_link_to_nowhere_and_files_of_like_names(tmp_path: Path) -> None:
+    link, part = tmp_path / "link.yaml", tmp_path / ".new.yaml.part"
+    link.symlink_to("nowhere")
+    part.write_text("mine")
+    assert main(["new", str(link)]) == 1
+    assert link.is_symlink()
+    assert main(["new", str(tmp_path / "new.yaml")]) == 0
+    assert part.read_text() == "mine"
+
+
+def test_a_pipe_is_converted(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(form,))
+    writer.start()
+    assert main(["convert", str(pipe)]) == 0
+    writer.join()
+    assert "# Converted from pipe." in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(path: Path, text: str, encoding: str) -> None:
         path.touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    assert main(["new", str(tmp_path / "new.yaml")]) == 1
+    file = tmp_path / "new.yaml"
+    assert main(["new", str(file)]) == 1
+    assert capsys.readouterr().err == f"file {file} was not written: No space left on device\n"
     assert not list(tmp_path.iterdir())
 
 

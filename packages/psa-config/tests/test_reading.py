@@ -1,9 +1,12 @@
 """What a user's file means."""
 
+import copy
 import itertools
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -171,6 +174,41 @@ def test_presets_are_frozen_and_hashable() -> None:
         pyramid(preset).mask_ratios.full = (0.0, 1.0)
     assert len({preset, load_presets().get("tiny-wan", "psa_balanced")}) == 1
     assert pickle.loads(pickle.dumps(preset)) == preset
+
+
+def test_books_can_be_copied_and_pickled() -> None:
+    book = load_presets()
+    assert copy.deepcopy(book) == book
+    assert pickle.loads(pickle.dumps(book)) == book
+
+
+@pytest.mark.parametrize("options", [{}, {"by_alias": True}, {"mode": "json"}, {"exclude_defaults": True}], ids=str)
+def test_what_is_dumped_is_read_back(load: Load, form: str, options: dict[str, Any]) -> None:
+    form += "    tenth: {type: psa, use_rearrange: false, block_size: {m: 64, n: 64},\n"
+    form += "      mask_mode: budget, density: 0.1, budget_per: layer}\n"
+    for book in (load_presets(), load(form)):
+        for preset in (book.get(model, name) for model in book.models for name in book.presets(model)):
+            assert Preset.model_validate(preset.model_dump(**options)) == preset
+            assert Preset.model_validate_json(preset.model_dump_json()) == preset
+
+
+def test_a_changed_copy_is_checked() -> None:
+    preset = load_presets().get("tiny-wan")
+    attention = pyramid(preset)
+    assert attention.model_copy(update={"seed": 5}).seed == 5
+    spends = {"mask_mode": "budget", "mask_ratios": None, "density": 0.1}
+    assert attention.model_copy(update=spends).mask_ratios is None
+    for changes in ({"seed": -5}, {"skip": "men"}, {"warmup_step": 3}, {"density": 0.1}):
+        with pytest.raises(ValidationError):
+            attention.model_copy(update=changes)
+    with pytest.raises(ValidationError):
+        preset.model_copy(update={"text_length": -1})
+
+
+def test_emoji_as_json_escapes_them(load: Load, form: str) -> None:
+    text = form.replace('"..."', json.dumps("a 😀")).replace(" balanced", " " + json.dumps("😀"))
+    preset = load(text).get("Wan")
+    assert (preset.name, preset.attention.description) == ("😀", "a 😀")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

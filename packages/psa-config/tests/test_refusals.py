@@ -378,6 +378,20 @@ def test_a_mistake_behind_an_alias_is_named_once_where_it_stands(problems: Probl
     assert (problem.line, problem.column, problem.path) == (line, 21, f"{B}.warmup_steps")
 
 
+def test_a_wrong_key_hides_no_broken_rule(problems: Problems, form: str) -> None:
+    form = form.replace("thresholdbound", "budget\n      use_sim_mask: true\n      density: 0.1")
+    form = form.replace("warmup_steps: 12", "warmup_step: 12\n      samples: {q: 500}")
+    assert [(problem.path, problem.message.partition(",")[0]) for problem in problems(form)] == [
+        (f"{B}.mask_ratios", "given with mask_mode budget"),
+        (f"{B}.use_sim_mask", "got true"),
+        (f"{B}.warmup_step", "unknown key"),
+        (f"{B}.samples.q", "got 500"),
+    ]
+    # What is wrong itself is not missing as well.
+    (problem,) = problems(form[: form.index("      mask_ratios")] + "      mask_ratios: 5\n      mask_mode: topk\n")
+    assert problem.message == "got 5, expected a mapping"
+
+
 def test_missing_keys_of_one_parent_are_each_named(problems: Problems, form: str) -> None:
     found = problems(form.replace("    width_divisor: 16\n    height_divisor: 16\n", ""))
     assert [(problem.line, problem.path) for problem in found] == [

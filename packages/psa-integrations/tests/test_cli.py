@@ -201,6 +201,9 @@ def test_wrong_usage_exits_with_two(arguments: list[str]) -> None:
     [
         ("--width", "abc", "must be a whole number, got 'abc'"),
         ("--frames", "1.5", "must be a whole number, got '1.5'"),
+        ("--frames", "0", "must be at least 1, got 0"),
+        ("--frames", "9" * 26, f"must be at most 2147483647, got {'9' * 26}"),
+        ("--fps", "1001", "must be at most 1000, got 1001"),
         ("--seed", "", "must be a whole number, got ''"),
         ("--guidance", "high", "must be a number, got 'high'"),
         ("--guidance", "nan", "must be finite, got nan"),
@@ -278,6 +281,14 @@ def test_demo_refuses_before_it_loads_the_model(
     monkeypatch.setattr(demo, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     assert main(["demo", "--out", "videos", *SIZE, *arguments]) == 1
     assert message in error_line(capsys)
+
+
+def test_a_demo_that_fails_leaves_no_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--weights", "nowhere", "--out", str(tmp_path / "videos"), "--quiet"]) == 1
+    assert "no tiny-wan weights" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main(["demo", "--weights", "nowhere", "--out", str(tmp_path), "--quiet"]) == 1
+    assert tmp_path.is_dir()
 
 
 def test_the_smallest_demo_is_compared(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """`psa bench`: what it times, what it concludes, and that it times nothing that is wrong."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from psa_integrations.cli.bench import Row, recommendations, table
 from psa_integrations.cli.selftest import OperatorCheck
 from psa_integrations.cli.timing import at_length, break_even, measure
 from psa_integrations.tiny_wan import build_random_pipeline
+from psa_masks import kd_tree_order
 
 SMALL = ["bench", "--device", "cpu", "--lengths", "256", "128", "--heads", "1", "--head-dim", "16", "--repeats", "1"]
 
@@ -46,6 +48,23 @@ def test_a_table_and_words_are_printed(capsys: pytest.CaptureFixture[str]) -> No
     assert "| tokens | sdpa | CogVideo_5b/psa_balanced |" in printed
     assert "\n| 256 | " in printed
     assert "CogVideo_5b/psa_balanced: " in printed
+
+
+@pytest.mark.usefixtures("trusted")
+def test_orders_by_content_are_timed_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        orders = kd_tree_order(*arguments, **options)
+        seen.append(orders)
+        return orders
+
+    monkeypatch.setattr("psa_integrations.kd_trees.kd_tree_order", counting)
+    twice = ["--preset", "tiny-wan/psa_quality"] * 2
+    assert main([*SMALL, "--no-forward", *twice]) == 0
+    # At each of two lengths once for the density, once before it counts and once timed.
+    assert len(seen) == 6
+    assert capsys.readouterr().out.count("tiny-wan/psa_quality: ") == 1
 
 
 @pytest.mark.parametrize(

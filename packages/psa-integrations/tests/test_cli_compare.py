@@ -212,12 +212,75 @@ def test_what_was_finished_before_a_failure_is_kept_under_another_name(
         assert [[run["video"] for run in entry["runs"]] for entry in metrics["prompts"]] == [kept]
 
 
-@pytest.mark.parametrize("text", ["", "1,", "-1", "a", "1.5"])
+@pytest.mark.parametrize("out", ["link", "."])
+def test_an_empty_folder_stays_and_is_filled(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder if out == "." else tmp_path)
+    (tmp_path / "link").symlink_to("folder")
+    before = folder.stat().st_ino
+    command = ["compare", *PROMPT, "--preset", "psa_balanced", "--weights", weights, "--out", out]
+    assert main([*command, *SIZE]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "1-0-dense.mp4",
+        "1-1-psa_balanced.mp4",
+        "metrics.json",
+        "report.html",
+    ]
+    assert folder.stat().st_ino == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+
+
+def test_two_commands_that_write_one_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def write() -> None:
+        with compare._folder(out) as folder:
+            (folder / "ours").touch()
+            out.mkdir()
+            (out / "theirs").touch()
+
+    with pytest.raises(FileExistsError, match=r"made by another meanwhile; the report is in .*out-2$"):
+        write()
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {
+        "out",
+        "out/theirs",
+        "out-2",
+        "out-2/ours",
+    }
+
+
+def test_names_as_long_as_names_can_be(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(DEEP.replace("mine", "d" * 300).replace("[2]", "[]"))
+    monkeypatch.chdir(tmp_path)
+    command = ["compare", *PROMPT, "--weights", weights, "--presets", str(file), *SIZE, "--quiet"]
+    assert main([*command, "--out", "o" * 255]) == 0
+    names = sorted(path.name for path in (tmp_path / ("o" * 255)).iterdir())
+    assert names[1] == f"1-1-{'d' * 64}.mp4"
+    capsys.readouterr()
+    assert main([*command, "--out", "o" * 256]) == 1
+    assert "--out must be a name that can be made" in error_line(capsys)
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--negative-prompt"])
+def test_bytes_that_are_no_text_are_wrong_usage(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        build_parser().parse_args(["compare", option, "red \udcff"])
+    assert exit_.value.code == 2
+    assert f"argument {option}: must be text in UTF-8, got 'red \\udcff'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "1,", "-1", "a", "1.5", "2147483648", "9" * 5000])
 def test_what_is_no_list_of_numbers_is_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         build_parser().parse_args(["compare", f"--map-layers={text}"])
     assert exit_.value.code == 2
-    rule = "argument --map-layers: must be whole numbers from 0 on with commas or spaces between them"
+    rule = "argument --map-layers: must be whole numbers from 0 to 2147483647 with commas or spaces between them"
     assert f"{rule}, got {text!r}" in capsys.readouterr().err
 
 

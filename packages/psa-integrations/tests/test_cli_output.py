@@ -51,6 +51,32 @@ def test_the_demo_has_one_bar(weights: str, tmp_path: Path, capsys: pytest.Captu
     assert (report["steps"], report["seed"], report["width"]) == (7, 0, 32)
 
 
+@pytest.mark.parametrize(
+    ("command", "out", "total"),
+    [
+        (["generate", "--prompt-file"], "a.mp4", 14),
+        (["compare", "--prompt-file"], "report", 28),
+        (["tune", "--target-density", "0.3", "--videos", "1", "--prompts"], "a.yaml", 28),
+    ],
+    ids=["generate", "compare", "tune"],
+)
+def test_every_command_has_one_bar_for_all_its_steps(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], out: str, total: int
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue ring\n")
+    assert main([*command, str(prompts), "--weights", weights, *SIZE, "--out", str(tmp_path / out)]) == 0
+    printed = capsys.readouterr()
+    assert re.findall(r"100%.*?(\d+/\d+)", printed.err)[-1] == f"{total}/{total}"
+    assert set(re.findall(r"/(\d+) \[", printed.err)) == {str(total)}
+    assert "step/s" not in printed.out
+
+
+def test_no_bar_where_a_shell_closed_stderr(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    assert generate(weights, tmp_path / "a.mp4") == 0
+
+
 def test_json_and_quiet(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.mp4"
     assert generate(weights, out, "--preset", "psa_balanced", "--json", "--quiet") == 0

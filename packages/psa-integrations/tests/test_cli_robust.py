@@ -104,7 +104,16 @@ def test_an_old_video_survives_a_failed_one(weights: Path, out: Path, monkeypatc
 
 
 @pytest.mark.parametrize("when", ["generate", "load"])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["gpu", "host"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("Storage size calculation overflowed with sizes=[4, 64]"),
+    ],
+    ids=["gpu", "host", "torch on the host", "beyond 64 bits"],
+)
 def test_out_of_memory_says_what_needs_less(
     weights: Path,
     out: Path,
@@ -118,6 +127,24 @@ def test_out_of_memory_says_what_needs_less(
 
     monkeypatch.setattr(TinyWanPipeline, "__call__" if when == "generate" else "to", exhausted)
     assert_failed(generate(weights, out), out, capsys, "out of memory: a smaller --width, --height or --frames")
+
+
+def test_a_bench_out_of_memory_says_what_needs_less(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("psa_integrations.cli.bench.check_operators", lambda device: [])
+    # More than any machine has.
+    assert main(["bench", "--lengths", "2147483647", "--heads", "2147483647", "--no-forward"]) == 1
+    assert capsys.readouterr().err.startswith("psa: error: out of memory: a smaller --lengths needs less")
+
+
+def test_values_that_are_no_numbers_make_no_video(weights: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_failed(
+        generate(weights, out, "--guidance", "1e38", "--steps", "3"),
+        out,
+        capsys,
+        "no finite numbers, which make no video",
+    )
 
 
 def cut(file: Path) -> None:
@@ -165,22 +192,38 @@ def test_an_interrupt_while_writing_leaves_nothing(
     assert not list(out.parent.iterdir())
 
 
-def test_control_c_in_the_middle_of_a_run(
-    weights: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [
+        (signal.SIGINT, 130, "psa: interrupted\n"),
+        (signal.SIGTERM, 143, "psa: stopped by SIGTERM\n"),
+        (signal.SIGHUP, 129, "psa: stopped by SIGHUP\n"),
+    ],
+)
+def test_a_signal_in_the_middle_of_a_run(
+    weights: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    status: int,
+    message: str,
 ) -> None:
+    before = signal.getsignal(number)
     steps: list[int] = []
     update = tqdm.update
 
     def pressed(bar: Any, n: float = 1) -> Any:
         steps.append(1)
         if len(steps) == 3:
-            signal.raise_signal(signal.SIGINT)  # to this process, as a terminal does
+            signal.raise_signal(number)  # to this process, as a terminal does
         return update(bar, n)
 
     monkeypatch.setattr(tqdm, "update", pressed)
-    assert generate(weights, out, "--steps", "50") == 130
+    assert generate(weights, out, "--steps", "50") == status
+    assert signal.getsignal(number) is before
     assert len(steps) == 3
-    assert capsys.readouterr().err.endswith("psa: interrupted\n")
+    assert capsys.readouterr().err.endswith(message)
     assert not list(out.parent.iterdir())
 
 
@@ -193,6 +236,11 @@ def test_an_output_that_is_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
             full.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
     assert capsys.readouterr().err == "psa: error: [Errno 28] No space left on device\n"
+
+
+def test_an_output_that_a_shell_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["presets", "list"]) == 0
 
 
 def test_a_reader_that_leaves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,6 +175,10 @@ def test_a_model_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
     assert main(["presets", "show", "mine", "--presets", str(file)]) == 0
     assert "give --width, --height and --frames" in capsys.readouterr().out
+    # A name that the commands have for another model.
+    file.write_text(file.read_text().replace("mine:", "mochi:"))
+    assert main(["presets", "show", "mochi", "--presets", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("mochi/dense")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from psa_config import PyramidSparseAttention, load_presets
+from psa_config.files import write_new
 from psa_integrations.cli import main
-from psa_integrations.cli.files import write_new
 from psa_integrations.tiny_wan import build_random_pipeline
 
 SIZE = ["--frames", "8", "--width", "32", "--height", "32", "--steps", "8", "--quiet"]

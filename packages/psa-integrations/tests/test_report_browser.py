@@ -476,17 +476,63 @@ def test_modes_and_patches_change_the_picture(browser: Browser, page: Path) -> N
     assert all(not np.array_equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
 
 
+def small_report(folder: Path, names: list[str], negative: str | None = None) -> Path:
+    """A page of one frame and one step, all runs after the first sparse."""
+    about = {
+        "program": "psa 0", "model": "tiny", "seed": 0, "width": 12, "height": 12, "frames": 1, "steps": 1,
+        "guidance": 3.0, "fps": 8, "negative_prompt": negative, "device": "cpu", "dtype": "float32",
+        "maps": {"layers": [0], "steps": [0], "heads": [0]},
+    }  # fmt: skip
+    writer = ReportWriter(about, num_videos=len(names))
+    writer.start_prompt("a prompt")
+    for run, name in enumerate(names):
+        stats = AttentionStats((LayerStats("transformer", 0, 0, 0.5 if run else 1.0, 1, 0 if run else 1),))
+        video = np.full((1, 12, 12, 3), 0.01 * run, np.float32)
+        writer.add(ReportRun(name, "", "video.mp4", video, seconds=1.0, step_seconds=(1.0,), stats=stats))
+    writer.write(folder)
+    return folder / "report.html"
+
+
+def test_a_page_of_a_dense_run_alone(browser: Browser, tmp_path: Path) -> None:
+    browser.open(small_report(tmp_path, ["dense"]))
+    assert browser.problems() == []
+    assert "1 frame of 12\u00d712, 1 step," in browser.js("document.querySelector('#facts').textContent")
+    notices = "[...document.querySelectorAll('main .notice')].map((it) => it.textContent)"
+    assert browser.js(notices)[:3] == ["There is no sparse run."] * 3
+    assert browser.js("document.querySelector('#density-readout').textContent") == ""
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_a_page_of_twenty_presets_with_odd_names(browser: Browser, tmp_path: Path, width: int) -> None:
+    names = ["x" * 300, "\u202ereversed", "two\nlines", *(f"preset_{number}" for number in range(17))]
+    browser.open(small_report(tmp_path, ["dense", *names], negative="\u202ebad"), width=width)
+    assert browser.problems() == []
+    keys = browser.js("[...document.querySelectorAll('#time-keys svg')].map((it) => it.outerHTML)")
+    assert len(set(keys)) == len(keys) == 21
+    assert browser.js("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    table = "document.querySelector('#summary').parentElement"
+    assert browser.js(f"{table}.scrollWidth - {table}.clientWidth") == 0
+    widths = browser.js("[...document.querySelectorAll('.run')].map((it) => it.offsetWidth)")
+    assert max(widths) - min(widths) <= 1
+    # What turns writing around stays within its name.
+    for place in ("#facts", "#time-note", "#frames-note"):
+        assert "\u202e" not in browser.js(f"document.querySelector('{place}').textContent")
+    assert "\u2068reversed\u2069 1.00 s" in browser.js("document.querySelector('#time-note').textContent")
+
+
 def test_what_is_missing_is_said(browser: Browser, page: Path) -> None:
     browser.open(page)
     notice = "document.querySelector('#levels-missing').textContent"
     hidden = "document.querySelector('#levels').hidden"
     browser.choose("#choose-step", 1)
-    assert browser.js(notice) == "Layer 0, step 1 of Plain ran dense: every query reads every key at level 1."
+    assert (
+        browser.js(notice) == "Layer 0, step 1 of \u2068Plain\u2069 ran dense: every query reads every key at level 1."
+    )
     assert browser.js(hidden) is True
     browser.choose("#choose-step", 3)
     assert browser.js(hidden) is False
     browser.choose("#prompt-select", 1)
-    assert browser.js(notice) == "Layer 0, step 3 of Plain: no level map was kept."
+    assert browser.js(notice) == "Layer 0, step 3 of \u2068Plain\u2069: no level map was kept."
 
 
 def test_a_cell_of_the_density_map_chooses_its_level_map(browser: Browser, page: Path) -> None:
@@ -495,7 +541,7 @@ def test_a_cell_of_the_density_map_chooses_its_level_map(browser: Browser, page:
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown"):
         browser.key(key)
     assert browser.js("document.querySelector('#density-readout').textContent") == (
-        f"{NASTY}, layer 1, step 3: density 0.400; level map below"
+        f"\u2068{NASTY}\u2069, layer 1, step 3: density 0.400; level map below"
     )
     chosen = "['run', 'layer', 'step'].map((name) => document.querySelector(`#choose-${name}`).value)"
     assert browser.js(chosen) == ["2", "1", "3"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .commands import add_commands
 from .errors import PresetError
+from .terminal import flush, forget_output, print_anything
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,11 +14,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m psa_config", description="Work with attention preset files.")
     add_commands(parser.add_subparsers(dest="command", required=True))
     options = parser.parse_args(arguments)
+    print_anything()
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        flush()
+    except BrokenPipeError:
+        forget_output()
+        return 1
     except (PresetError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    return status
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .convert import convert
-from .errors import PresetError, excerpt
-from .load import load_presets
+from .errors import PresetError, excerpt, printable
+from .files import check_new_file, write_new
+from .load import book_of, load_presets, read
 from .models import json_schema
 from .template import template
 
@@ -49,20 +50,21 @@ def _list(options: argparse.Namespace) -> int:
     book = load_presets(options.presets)
     for model in book.models:
         default = book.get(model).name
-        print(model)
+        print(printable(model))
         for name in book.presets(model):
             mark = " (default)" if name == default else ""
-            description = book.get(model, name).attention.description
-            print("  " + "  ".join(filter(None, (f"{name}{mark}", description))))
+            description = " ".join(book.get(model, name).attention.description.split())
+            print("  " + "  ".join(filter(None, (f"{printable(name)}{mark}", printable(description)))))
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
+    data = b""
     try:
-        book = load_presets(options.file)
+        data, name = read(options.file)
+        book = book_of(data, name)
     except PresetError as error:
-        # Read again, as what is no text never became lines; a file that cannot be read has none to show.
-        text = options.file.read_text("utf-8-sig", errors="replace") if options.file.is_file() else ""
+        text = data.decode("utf-8-sig", errors="replace")
         for problem in error.errors:
             print(problem)
             if shown := excerpt(problem, text):
@@ -81,28 +83,25 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _new(options: argparse.Namespace) -> int:
-    _deliver(template(options.model), options.file)
+    if options.file is not None:
+        check_new_file(options.file, "file")
+    _deliver(template(options.model), options.file, "file")
     return 0
 
 
 def _convert(options: argparse.Namespace) -> int:
+    if options.out is not None:
+        check_new_file(options.out, "--out")
     conversion = convert(options.file)
-    _deliver(conversion.text, options.out)
+    _deliver(conversion.text, options.out, "--out")
     print(f"{options.file}: notes on what changed meaning: {len(conversion.notes)}", file=sys.stderr)
     return 0
 
 
-def _deliver(text: str, file: Path | None) -> None:
-    """Prints a text, or makes a file of it that was not there and is either whole or absent."""
+def _deliver(text: str, file: Path | None, argument: str) -> None:
+    """Prints a text, or makes a file of it, which `argument` named."""
     if file is None:
         print(text, end="")
         return
-    if file.exists():
-        raise FileExistsError(f"{file} exists already, and is left as it is")
-    partial = file.with_name(f".{file.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_new(text, file, argument)
     print(f"{file}: written")

@@ -3,11 +3,10 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import Any
 
-from .errors import Path
-from .load import load_presets
+from .errors import Path, printable
+from .load import book_of, decode, read
 from .models import BlockSize, PyramidSparseAttention
 from .positions import parse
 from .writing import comment, write
@@ -45,9 +44,9 @@ def convert(path: str | os.PathLike[str]) -> Conversion:
     Raises:
         PresetError: with everything that is wrong with the file.
     """
-    book = load_presets(path)
-    file = FilePath(path)
-    node, _ = parse(file.read_text("utf-8-sig"), str(file))
+    data, file = read(path)  # once, as a pipe can be read no second time
+    book = book_of(data, file)
+    node, _ = parse(decode(data, file), file)
     assert node is not None
     models: Any = node.plain()
     notes: list[Note] = []
@@ -59,7 +58,10 @@ def convert(path: str | os.PathLike[str]) -> Conversion:
                 here = (model, "attention_configs", name)
                 notes += _preset_notes(here, values, attention)
                 fields["attention_configs"][name] = _renamed(values)
-    header = [f"# Converted from {file.name}.", *(line for text in _HEADER for line in comment(text))]
+    header = [
+        f"# Converted from {printable(os.path.basename(file))}.",
+        *(line for text in _HEADER for line in comment(text)),
+    ]
     text = "\n".join([*header, write(models, {note.path: note.text for note in notes})])
     return Conversion(text, tuple(notes))
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 Path = tuple[str | int, ...]
 """Keys and list indices from the top of a file down to one value."""
 
+LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+"""What ends a line in YAML."""
+
 _LONGEST_QUOTE = 60
 _LONGEST_LINE = 110
-_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def excerpt(problem: Problem, text: str) -> str:
         problem: of the file that the text is.
         text: without a byte order mark. Of a long line only the part around the column is shown.
     """
-    lines = _LINE_BREAK.split(text)
+    lines = LINE_BREAK.split(text)
     if problem.line is None or problem.column is None or problem.line > len(lines):
         return ""
     line, column = lines[problem.line - 1], problem.column - 1
@@ -72,7 +74,18 @@ def excerpt(problem: Problem, text: str) -> str:
 def quote(text: str) -> str:
     """The text between double quotes: on one line, printable and cut short."""
     shown = text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 1] + "…"
-    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) + '"'
+    return f'"{printable(shown)}"'
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of what would move a terminal's cursor or turn its writing around."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def place_after(text: str) -> tuple[int, int]:
+    """Line and column, counted from 1, of what follows the text."""
+    lines = LINE_BREAK.split(text)
+    return len(lines), len(lines[-1]) + 1
 
 
 def path_text(path: Path) -> str:

@@ -3,16 +3,17 @@
 import codecs
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
+from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from .errors import PresetError, Problem, any_of, closest, path_text, quote, unknown
+from .errors import PresetError, Problem, any_of, closest, path_text, place_after, quote, unknown
 from .explain import explain
-from .models import PRESET_FILE, PRESETS, ModelPresets, Preset
+from .models import PRESET_FILE, PRESETS, RULE_BROKEN, ModelPresets, Preset, PyramidSparseAttention
 from .positions import Node, parse
 
 _OPTIONAL = ("default_attention", "video_scale", "text_length")  # of a shipped model
@@ -86,8 +87,16 @@ def load_presets(path: str | os.PathLike[str] | None = None) -> PresetBook:
         PresetError: with everything that is wrong with the file.
         TypeError: if `path` is none.
     """
-    if path is None:
-        return _shipped()
+    return _shipped() if path is None else book_of(*read(path))
+
+
+def read(path: str | os.PathLike[str]) -> tuple[bytes, str]:
+    """The bytes of a preset file, and its name as errors say it.
+
+    Raises:
+        PresetError: if it cannot be read.
+        TypeError: if `path` is none.
+    """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise TypeError(f"path must be a str, a path or None, got {type(path).__name__} {path!r}")
     file = pathlib.Path(path)
@@ -96,28 +105,35 @@ def load_presets(path: str | os.PathLike[str] | None = None) -> PresetBook:
     except (OSError, ValueError) as error:  # a ValueError where the name holds a null character
         reason = getattr(error, "strerror", None) or str(error)
         raise PresetError([Problem(str(file), None, None, "", f"cannot be read: {reason}")]) from error
-    return PresetBook(str(file), MappingProxyType(_read(data, str(file), _shipped()._entries)))
+    return data, str(file)
+
+
+def book_of(data: bytes, file: str) -> PresetBook:
+    """The book of a file's bytes, see `load_presets`."""
+    return PresetBook(file, _presets(data, file, _shipped()._entries))
 
 
 @cache
 def _shipped() -> PresetBook:
     entries: dict[str, ModelPresets] = {}
     for file in sorted(PRESETS.iterdir(), key=lambda file: file.name):
-        entries.update(_read(file.read_bytes(), str(file), {}))
-    return PresetBook(str(PRESETS), MappingProxyType(entries))
+        entries.update(_presets(file.read_bytes(), str(file), {}))
+    return PresetBook(str(PRESETS), entries)
 
 
-def _read(data: bytes, file: str, shipped: Mapping[str, ModelPresets]) -> dict[str, ModelPresets]:
-    node, problems = parse(_decode(data, file), file)
+def _presets(data: bytes, file: str, shipped: Mapping[str, ModelPresets]) -> dict[str, ModelPresets]:
+    node, problems = parse(decode(data, file), file)
     if node is None or node.value is None:
         empty = Problem(file, 1, 1, "", "the file is empty, expected a mapping of models")
         raise PresetError([*problems, empty])
     problems += _wrong_defaults(node, file)
+    values = _completed(node.plain(), shipped)
     try:
-        entries = PRESET_FILE.validate_python(_completed(node.plain(), shipped))
+        entries = PRESET_FILE.validate_python(values)
     except ValidationError as error:
         misnamed: dict[str, list[str]] = {}
-        for details in error.errors(include_url=False):
+        found = error.errors(include_url=False)
+        for details in (*found, *_hidden(values, found)):
             model, field = [str(step) for step in details["loc"]] if len(details["loc"]) == 2 else ("", "")
             if details["type"] == "missing" and field in _OPTIONAL and _meant(model, shipped) is not None:
                 misnamed.setdefault(model, []).append(field)
@@ -127,6 +143,30 @@ def _read(data: bytes, file: str, shipped: Mapping[str, ModelPresets]) -> dict[s
     if problems:
         raise PresetError(_once_each(problems))
     return entries
+
+
+def _hidden(values: Any, found: list[ErrorDetails]) -> Iterator[ErrorDetails]:
+    """The broken rules over several keys of a preset that stand beside a wrong key, which keeps pydantic from them.
+
+    They are those of the preset without its wrong keys, as far as they are about others.
+    """
+    wrong: dict[tuple[str, str], set[str]] = {}
+    for details in found:
+        match details["loc"]:
+            case (str(model), "attention_configs", str(name), "psa", str(key), *_):
+                wrong.setdefault((model, name), set()).add(key)
+    for (model, name), keys in wrong.items():
+        preset = values[model]["attention_configs"][name]
+        try:
+            PyramidSparseAttention.model_validate({key: value for key, value in preset.items() if key not in keys})
+        except ValidationError as error:
+            for details in error.errors(include_url=False):
+                if details["type"] == RULE_BROKEN:
+                    problems = [
+                        (below, text) for below, text in details["ctx"]["problems"] if below and below[0] not in keys
+                    ]
+                    place = (model, "attention_configs", name, "psa", *details["loc"])
+                    yield {**details, "loc": place, "ctx": {"problems": problems}}
 
 
 def _meant(model: str, shipped: Mapping[str, ModelPresets]) -> str | None:
@@ -166,15 +206,15 @@ def _left_out(fields: dict[str, object], shipped: ModelPresets | None) -> dict[s
     }
 
 
-def _decode(data: bytes, file: str) -> str:
+def decode(data: bytes, file: str) -> str:
+    """The text of a preset file; raises PresetError where it is not UTF-8."""
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        lines = data[: error.start].split(b"\n")
-        column = len(lines[-1].decode()) + 1
+        place = place_after(data[: error.start].decode())
         message = f"byte 0x{data[error.start]:02x} is not UTF-8, expected a file in UTF-8"
-        raise PresetError([Problem(file, len(lines), column, "", message)]) from error
+        raise PresetError([Problem(file, *place, "", message)]) from error
 
 
 def _once_each(problems: list[Problem]) -> list[Problem]:

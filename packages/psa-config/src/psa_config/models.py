@@ -3,8 +3,9 @@
 A file maps model names to `ModelPresets`. The JSON Schema that editors check files by comes from here too.
 """
 
+from collections.abc import Mapping
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AliasChoices,
@@ -12,9 +13,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -29,7 +32,31 @@ Its context lists `problems`: pairs of the path below the model and the message.
 
 
 class _Form(BaseModel):
+    """What it dumps, in whatever way, can be validated again and is equal then."""
+
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields changed, which are checked like those of a file; None leaves one out.
+
+        Raises:
+            pydantic.ValidationError: if they are not what they should be, or there is no such field.
+        """
+        copied = super().model_copy(deep=deep)
+        if not update:
+            return copied
+        given = {name: getattr(copied, name) for name in copied.model_fields_set} | dict(update)
+        return self.model_validate({_key(self, name): value for name, value in given.items() if value is not None})
+
+    @model_serializer(mode="wrap")
+    def _as_in_a_file(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {_key(self, name): value for name, value in plain(self).items() if value is not None}
+
+
+def _key(form: BaseModel, name: str) -> str:
+    """What a file calls the field of that name."""
+    field = type(form).model_fields.get(name)
+    return name if field is None or field.alias is None else field.alias
 
 
 def _rule_broken(problems: list[tuple[Path, str]]) -> PydanticCustomError:
@@ -253,6 +280,13 @@ class PyramidSparseAttention(_Form):
     samples: Samples = Field(default_factory=Samples, description="Tokens sampled from a block for its importance.")
     seed: Count = Field(default=0, description="Seed of the sampling.")
 
+    @model_serializer(mode="wrap")
+    def _as_in_a_file(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = super()._as_in_a_file(plain)
+        if self.mask_mode != "budget":
+            values.pop("budget_per", None)  # its default too is refused without a budget
+        return values
+
     @field_validator("samples")
     @classmethod
     def _within_block(cls, samples: Samples, info: ValidationInfo) -> Samples:
@@ -346,7 +380,7 @@ class Preset(_Form):
 
     model: str
     name: str
-    text_length: int
+    text_length: Count
     video_scale: VideoScale
     attention: Attention
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from .errors import Path, PresetError, Problem, path_text, quote
+from .errors import Path, PresetError, Problem, path_text, place_after, quote
 
 MAX_DEPTH = 16
 MAX_VALUES = 100_000
@@ -21,6 +21,7 @@ _LONGEST_INT = 4000  # signs; int() refuses to read a few hundred more
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _INFINITY = re.compile(r"[-+]?\.(?:inf|Inf|INF)")
 _WORDS = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
@@ -76,9 +77,8 @@ def parse(text: str, file: str) -> tuple[Node | None, list[Problem]]:
     try:
         loader: Any = yaml.SafeLoader(text)
     except yaml.reader.ReaderError as error:
-        before = text[: error.position].split("\n")
         what = f"the character {quote(text[error.position])} is not allowed in YAML"
-        raise PresetError([Problem(file, len(before), len(before[-1]) + 1, "", what)]) from error
+        raise PresetError([Problem(file, *place_after(text[: error.position]), "", what)]) from error
     builder = _Builder(loader, file)
     try:
         return builder.document(), builder.problems
@@ -128,9 +128,10 @@ class _Builder:
             what = f"the tag {quote(event.tag)} is not supported, expected a value without one"
             self._note(position, path, what)
         if isinstance(event, yaml.ScalarEvent):
-            if _SURROGATE.search(event.value):
+            text = _joined(event.value)
+            if _SURROGATE.search(text):
                 self.stop(position, path, "half of a surrogate pair, expected whole characters")
-            node = Node(position, resolve(event.value) if event.implicit[0] else event.value)
+            node = Node(position, resolve(text) if event.implicit[0] else text)
         elif isinstance(event, yaml.SequenceStartEvent):
             node = self._sequence(position, path, depth)
         else:
@@ -183,9 +184,10 @@ class _Builder:
     def _key(self, event: Any, position: Position, path: Path) -> str:
         if not isinstance(event, yaml.ScalarEvent) or event.tag is not None or event.anchor is not None:
             self.stop(position, path, "a key that is not plain text, expected a name")
-        if not event.value or _SURROGATE.search(event.value):
+        text = _joined(event.value)
+        if not text or _SURROGATE.search(text):
             self.stop(position, path, "a key without a readable name, expected one")
-        return event.value
+        return text
 
     def _merge(self, entries: dict[str, Entry], source: Node, path: Path) -> None:
         for node in source.value if isinstance(source.value, tuple) else (source,):
@@ -199,6 +201,11 @@ class _Builder:
 def _collection(position: Position, value: tuple[Node, ...] | dict[str, Entry], below: list[Node]) -> Node:
     depth = 1 + max((node.depth for node in below), default=0)
     return Node(position, value, depth, 1 + sum(node.size for node in below))
+
+
+def _joined(text: str) -> str:
+    """The text with each surrogate pair as the character it stands for, as JSON escapes characters beyond 16 bits."""
+    return _PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
 
 
 def _position(mark: Any) -> Position:

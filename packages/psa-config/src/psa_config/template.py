@@ -31,10 +31,8 @@ def template(model: str, *, name: str = "mine") -> str:
     """
     preset = load_presets().get(model)
     assert isinstance(preset.attention, PyramidSparseAttention)
-    values = preset.attention.model_dump(by_alias=True, exclude_none=True)
+    values = preset.attention.model_dump()
     values["description"] = f"A start: the settings of {preset.name}."
-    if preset.attention.mask_mode != "budget":
-        del values["budget_per"]  # it goes with budget alone
     samples = {"q": preset.attention.block_size.m // 4, "kv": preset.attention.block_size.n // 4}
     values["samples"] = {**samples, **values["samples"]}
     fields = {
@@ -65,7 +63,7 @@ def _words(field: FieldInfo) -> str:
         words.append(f"One of {', '.join(choices)}.")
     default = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
     if isinstance(default, BaseModel):
-        default = default.model_dump(exclude_none=True) or None
+        default = default.model_dump() or None
     if default not in (None, ""):
         words.append(f"Left out: {one_line(default)}.")
     return " ".join(words)

@@ -1,14 +1,17 @@
 """The `psa` command."""
 
 import argparse
-import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
-import torch
-
+from psa_config.terminal import flush, forget_output, print_anything
 from psa_integrations.__about__ import __version__
 from psa_integrations.cli import bench, compare, demo, doctor, generate, presets, tune
+from psa_integrations.cli.load import is_out_of_memory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,27 +31,57 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: what the command's `run` returned, None being 0; 1 after an error in
-    one line, 130 when interrupted."""
+    one line, 128 and the number of the signal when interrupted, which is 130 for Ctrl-C."""
     options = build_parser().parse_args(argv)
+    print_anything()
     try:
-        status = int(options.run(options) or 0)
-        sys.stdout.flush()  # what cannot be written is known here, not in the interpreter's last breath
+        with _signals_interrupt():
+            status = int(options.run(options) or 0)
+            flush()
     except KeyboardInterrupt as error:
-        print(f"psa: interrupted{_notes(error)}", file=sys.stderr)
-        return 130
+        stopped = error.signal if isinstance(error, _Stopped) else signal.SIGINT
+        how = "interrupted" if stopped is signal.SIGINT else f"stopped by {stopped.name}"
+        print(f"psa: {how}{_notes(error)}", file=sys.stderr)
+        return 128 + stopped
     except BrokenPipeError:
-        # The reader has gone, as `head` does: nothing is left to be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_output()
         return 1
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        advice = "a smaller --width, --height or --frames needs less, and so does --dtype bfloat16"
-        text = f"psa: error: out of memory: {advice}. {' '.join(str(error).split())}".rstrip()
-        print(f"{text}{_notes(error)}", file=sys.stderr)
-        return 1
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"psa: error: {' '.join(str(error).split())}{_notes(error)}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if is_out_of_memory(error):
+            sizes = "--lengths" if hasattr(options, "lengths") else "--width, --height or --frames"
+            advice = f"a smaller {sizes} needs less, and so does --dtype bfloat16"
+            text = f"out of memory: {advice}. {text}".rstrip()
+        print(f"psa: error: {text}{_notes(error)}", file=sys.stderr)
         return 1
     return status
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal other than that of Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise _Stopped(number)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Lets what ends a process by default interrupt it, so that it leaves no half file behind."""
+    numbers = [number for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number is not None]
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may ask for signals
+    ours = [number for number in numbers if in_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _notes(error: BaseException) -> str:

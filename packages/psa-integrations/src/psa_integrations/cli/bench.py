@@ -1,6 +1,7 @@
 """`psa bench`: from which length on sparse attention is faster on this machine."""
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -13,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 import psa_kernels
-from psa_config import Preset
+from psa_config import Preset, PyramidSparseAttention
 from psa_integrations.attention import sparse_attention
-from psa_integrations.build import find_preset, mask_policy, sparse_attention_of
+from psa_integrations.build import content_orders, find_preset, mask_policy, sparse_attention_of
 from psa_integrations.cli.arguments import Numbers, positive
 from psa_integrations.cli.load import DTYPES, device_named
 from psa_integrations.cli.models import MODELS, presets_name
@@ -24,6 +25,7 @@ from psa_integrations.cli.selftest import check_operators
 from psa_integrations.cli.shapes import SHAPES, AttentionShape, grid_of
 from psa_integrations.cli.timing import at_length, break_even, measure
 from psa_integrations.diffusers import apply_pyramid_sparse_attention
+from psa_masks import AttentionOrder, VideoGrid
 
 CPU_LENGTHS, GPU_LENGTHS = (1024, 2048, 4096), (4096, 8192, 16384, 32768, 65536)
 CPU_PRESETS = ("tiny-wan/psa_balanced", "tiny-wan/psa_tail")
@@ -67,9 +69,9 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help="time dense and sparse attention on this machine",
-        description="Times every dense back-end of torch and every preset, whole: importance, levels, plan and "
-        "attention, in one sparse step. Says from which length on a preset is faster. Before any timing the operators "
-        "are held against the oracle.",
+        description="Times every dense back-end of torch and every preset, whole: orders by content, importance, "
+        "levels, plan and attention, in one sparse step. Says from which length on a preset is faster. Before any "
+        "timing the operators are held against the oracle.",
     )
     parser.add_argument("--lengths", action=Numbers, least=1, metavar="TOKENS", help="default: to suit the device")
     parser.add_argument("--heads", type=positive, help="default: those of the first preset's model")
@@ -87,7 +89,8 @@ def run(options: argparse.Namespace) -> None:
     """Checks, times, prints."""
     device = device_named(options.device)
     on_gpu = device.type == "cuda"
-    presets = [_preset_named(name) for name in options.preset or (GPU_PRESETS if on_gpu else CPU_PRESETS)]
+    names = options.preset or (GPU_PRESETS if on_gpu else CPU_PRESETS)
+    presets = list(dict.fromkeys(_preset_named(name) for name in names))
     for preset in presets:
         if sparse_attention_of(preset) is None:
             raise ValueError(f"--preset must be sparse, dense attention is timed anyway; got {_title(preset)}")
@@ -163,13 +166,25 @@ def _row(
     for preset in presets:
         attention = sparse_attention_of(preset)
         assert attention is not None
-        call = partial(sparse_attention, query, key, value, mask_policy(attention))
+        order = _order_by_content(attention, tokens)
+        call = partial(sparse_attention, query, key, value, mask_policy(attention), order=order)
         density[_title(preset)] = float(call()[1].mean())
         sparse[_title(preset)] = call
     seconds = measure({**dense, **sparse}, device, repeats)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return Row(tokens, {name: seconds[name] for name in dense}, {name: seconds[name] for name in sparse}, density)
+
+
+def _order_by_content(
+    attention: PyramidSparseAttention, tokens: int
+) -> Callable[[Tensor, Tensor], AttentionOrder] | None:
+    """What each attention of a run does anew beside the levels: one step after another, within one layer."""
+    contents = content_orders(attention, VideoGrid(frames=tokens, height=1, width=1))
+    if contents is None:
+        return None
+    steps = itertools.count()
+    return lambda query, key: contents(query, key, step=next(steps))
 
 
 def _inputs(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -3,21 +3,23 @@
 import argparse
 import itertools
 import json
+import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from psa_config import DenseAttention, Preset, load_presets
+from psa_config.errors import printable
+from psa_config.files import check_folder_of, folder_beside
 from psa_integrations.__about__ import __version__
 from psa_integrations.build import sparse_attention_of
-from psa_integrations.cli.arguments import Numbers
-from psa_integrations.cli.files import check_folder_of
+from psa_integrations.cli.arguments import Numbers, text
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults, command_name
 from psa_integrations.cli.output import print_json, set_up_logging
+from psa_integrations.cli.progress import Progress
 from psa_integrations.cli.prompts import read_prompts
 from psa_integrations.cli.sample import StepClock, add_sampling_options, check_calls, check_run, chosen, sample
 from psa_integrations.cli.video import SMALLEST_SIDE, write_video
@@ -26,6 +28,7 @@ from psa_integrations.report import ReportRun, ReportWriter
 
 DENSE = "dense"
 _MAP_BYTES = 64 << 20
+_LONGEST_NAME = 64  # of a preset, in the name of a file
 _DEFAULT_MAPS = {"layers": 3, "steps": 2, "heads": 2}
 
 
@@ -39,7 +42,7 @@ def add_parser(commands: Any) -> None:
         "disk and needs nothing else.",
     )
     parser.add_argument("--model", type=command_name, choices=tuple(MODELS), default="tiny-wan")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    parser.add_argument("--prompt", type=text, action="append", default=[], help="may be given more than once")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 text, a prompt a line")
     parser.add_argument(
         "--preset",
@@ -97,7 +100,8 @@ def run(options: argparse.Namespace) -> None:
         }
         writer = ReportWriter(about, num_videos=len(prompts) * len(presets))
         try:
-            _make_videos(pipeline, prompts, presets, maps, options, settings, writer, folder)
+            with Progress(len(prompts) * len(presets) * settings.steps, quiet=options.quiet) as progress:
+                _make_videos(pipeline, prompts, presets, maps, options, settings, progress, writer, folder)
             writer.write(folder)
         except BaseException as error:  # an interrupt too: it goes on, with a remark
             kept = _keep_finished(writer, folder, options.out)
@@ -117,6 +121,7 @@ def _make_videos(
     maps: Mapping[str, tuple[int, ...]],
     options: argparse.Namespace,
     settings: RunDefaults,
+    progress: Progress,
     writer: ReportWriter,
     folder: Path,
 ) -> None:
@@ -124,12 +129,13 @@ def _make_videos(
     for number, prompt in enumerate(prompts, 1):
         writer.start_prompt(prompt)
         if not options.json:
-            print(f"{prompt!r}, seed {options.seed}")
+            with progress.aside():
+                print(f"{prompt!r}, seed {options.seed}", flush=True)
         for place, preset in enumerate(presets):
             recorder, clock = LevelRecorder(**maps, max_bytes=_MAP_BYTES), StepClock()
             told = argparse.Namespace(**vars(options) | {"prompt": prompt})
-            result = sample(pipeline, preset, told, settings, recorder=recorder, clock=clock)
-            name = f"{number}-{place}-{re.sub(r'[^A-Za-z0-9._-]', '_', preset.name)}.mp4"
+            result = sample(pipeline, preset, told, settings, progress, recorder=recorder, clock=clock)
+            name = f"{number}-{place}-{re.sub(r'[^A-Za-z0-9._-]', '_', preset.name)[:_LONGEST_NAME]}.mp4"
             write_video(result.video, folder / name, settings.fps)
             entry = writer.add(
                 ReportRun(
@@ -145,11 +151,12 @@ def _make_videos(
                 )
             )
             if not options.json:
-                print(f"  {_line(entry)}")
+                with progress.aside():
+                    print(f"  {_line(entry)}", flush=True)
 
 
 def _line(entry: Any) -> str:
-    line = f"{entry['name']}: {entry['seconds']:.1f} s, density {entry['density']:.3f}"
+    line = f"{printable(entry['name'])}: {entry['seconds']:.1f} s, density {entry['density']:.3f}"
     if entry["dense"]:
         return line
     psnr = "equal to dense" if entry["psnr"] is None else f"PSNR {entry['psnr']:.2f} dB"
@@ -176,18 +183,31 @@ def _check(prompts: Sequence[str], presets: Sequence[Preset], settings: RunDefau
 
 @contextmanager
 def _folder(out: Path) -> Iterator[Path]:
-    """A new folder that gets the name `out` when all went well; else it is gone, unless it got another name before."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"--out must be a new or an empty folder, and {out} is neither")
+    """A new folder that gets the name `out` when all went well; else it is gone, unless it got another name before.
+
+    Where `out` is an empty folder, that stays and gets the files of the new one.
+    """
     check_folder_of(out, "--out")
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as staging:
+    there = os.path.lexists(out)
+    if there and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"--out must be a new or an empty folder, and {out} is neither")
+    if there:
+        check_folder_of(out / "report", "--out")
+    with folder_beside(out / "report" if there else out) as staging:
         # One folder further in: a temporary folder is closed to other users.
-        partial = Path(staging) / "report"
+        partial = staging / "report"
         partial.mkdir()
         yield partial
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
+        if there:
+            # What shows the others last.
+            for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".html"):
+                path.replace(out / path.name)
+            return
+        try:
+            partial.replace(out)
+        except OSError as error:  # it was not there before all this work
+            place = partial.replace(_free_name(out))
+            raise FileExistsError(f"--out {out} was made by another meanwhile; the report is in {place}") from error
 
 
 def _keep_finished(writer: ReportWriter, folder: Path, out: Path) -> Path | None:
@@ -203,13 +223,14 @@ def _keep_finished(writer: ReportWriter, folder: Path, out: Path) -> Path | None
         if path.name not in videos:
             path.unlink()
     writer.write(folder)
+    return folder.replace(_free_name(out, "-unfinished"))
+
+
+def _free_name(out: Path, ending: str = "") -> Path:
+    """`out` with `ending` behind, and a number too where that is taken."""
     out = out.absolute()  # so that it has a name where it is "."
-    place = out.with_name(f"{out.name}-unfinished")
-    for number in itertools.count(2):
-        if not place.exists():
-            break
-        place = out.with_name(f"{out.name}-unfinished-{number}")
-    return folder.replace(place)
+    names = itertools.chain([ending], (f"{ending}-{number}" for number in itertools.count(2)))
+    return next(place for name in names if not os.path.lexists(place := out.with_name(out.name + name)))
 
 
 def _maps_to_keep(

@@ -1,11 +1,13 @@
 """`psa demo`: dense attention, the paper's preset and ours, from one seed, compared."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from psa_config import load_presets
+from psa_integrations.cli.arguments import text
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults
 from psa_integrations.cli.output import counted, print_json, set_up_logging, versions
@@ -29,7 +31,7 @@ def add_parser(commands: Any) -> None:
         "preset, and with psa_quality, which pools like with like and skips no block. Prints time, density, PSNR and "
         "SSIM against dense, and writes the videos, alone and side by side.",
     )
-    parser.add_argument("--prompt", default="a red circle moving right on a striped background")
+    parser.add_argument("--prompt", type=text, default="a red circle moving right on a striped background")
     parser.add_argument("--out", type=Path, default=Path("videos"), metavar="FOLDER", help="default: videos")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="other weights for the model")
     add_sampling_options(parser)
@@ -50,20 +52,16 @@ def run(options: argparse.Namespace) -> None:
         )
     for preset in presets:
         check_run(preset, settings)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--out must be a folder or become one, got {options.out}: {error.strerror}") from error
-    for name in _FILES:
-        check_output(options.out / name)
-    pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
-
     results = []
-    with Progress(len(presets) * settings.steps, quiet=options.quiet) as progress:
-        for preset in presets:
-            result = sample(pipeline, preset, options, settings, progress)
-            write_video(result.video, options.out / f"{preset.name}.mp4", settings.fps)
-            results.append(result)
+    with _folder(options.out):
+        for name in _FILES:
+            check_output(options.out / name)
+        pipeline = load_model(spec, weights=options.weights, device=options.device, dtype=options.dtype)
+        with Progress(len(presets) * settings.steps, quiet=options.quiet) as progress:
+            for preset in presets:
+                result = sample(pipeline, preset, options, settings, progress)
+                write_video(result.video, options.out / f"{preset.name}.mp4", settings.fps)
+                results.append(result)
     together = side_by_side([result.video for result in results], _SCALE)
     write_video(together, options.out / "side_by_side.mp4", settings.fps)
 
@@ -81,6 +79,21 @@ def run(options: argparse.Namespace) -> None:
     )
     print(comparison_table(results, closeness))
     print(f"Videos: {', '.join(_FILES)} in {options.out}/")
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Makes the folder, which goes again where it was not there before and nothing came into it."""
+    there = out.is_dir()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out must be a folder or become one, got {out}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        if not there and not any(out.iterdir()):
+            out.rmdir()
 
 
 def comparison_table(results: list[Result], closeness: Sequence[tuple[float, float] | None]) -> str:

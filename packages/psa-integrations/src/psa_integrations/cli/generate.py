@@ -6,12 +6,23 @@ from typing import Any
 
 import torch
 
-from psa_config import load_presets
+from psa_config import Preset, load_presets
+from psa_config.errors import printable
+from psa_integrations.cli.arguments import text
 from psa_integrations.cli.load import load_model
-from psa_integrations.cli.models import MODELS, command_name
+from psa_integrations.cli.models import MODELS, RunDefaults, command_name
 from psa_integrations.cli.output import counted, print_json, set_up_logging, versions
+from psa_integrations.cli.progress import Progress
 from psa_integrations.cli.prompts import Share, numbered, read_prompts
-from psa_integrations.cli.sample import add_sampling_options, check_calls, check_run, chosen, sample, settings_report
+from psa_integrations.cli.sample import (
+    Result,
+    add_sampling_options,
+    check_calls,
+    check_run,
+    chosen,
+    sample,
+    settings_report,
+)
 from psa_integrations.cli.video import check_output, write_video
 
 
@@ -24,7 +35,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--model", type=command_name, choices=tuple(MODELS), default="tiny-wan")
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt")
+    prompts.add_argument("--prompt", type=text)
     prompts.add_argument(
         "--prompt-file",
         type=Path,
@@ -35,7 +46,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--presets", type=Path, metavar="FILE", help="YAML file of presets, instead of the shipped ones"
     )
-    parser.add_argument("--out", type=Path, default=Path("video.mp4"), help="the .mp4 to write")
+    parser.add_argument("--out", type=Path, default=Path("video.mp4"), help="the .mp4 to write (default: %(default)s)")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="local weights in diffusers' layout")
     parser.add_argument("--lora", type=Path, metavar="PATH", help="a LoRA's .safetensors file or its folder")
     add_sampling_options(parser)
@@ -47,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     set_up_logging(verbose=options.verbose, quiet=options.quiet)
     spec = MODELS[options.model]
     preset = load_presets(options.presets).get(spec.presets, options.preset)
-    check_output(options.out)
+    check_output(options.out if options.prompt_file is None else numbered(options.out, 0))
     share = Share.of()
     prompts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
     settings = chosen(options, spec.defaults_of(preset.name))
@@ -62,36 +73,45 @@ def run(options: argparse.Namespace) -> None:
     pipeline = load_model(spec, weights=options.weights, lora=options.lora, device=device, dtype=options.dtype)
     # All of them in each process, so that no other one works on while this one says what is wrong.
     check_calls(pipeline, [preset], prompts, options, settings)
-    for number, index in enumerate(own):
-        out = options.out if options.prompt_file is None else numbered(options.out, index)
-        one = argparse.Namespace(**vars(options) | {"prompt": prompts[index]})
-        try:
-            result = sample(pipeline, preset, one, settings)
-            write_video(result.video, out, settings.fps)
-        except BaseException as error:  # an interrupt too: it goes on, with a remark
-            if number:
-                error.add_note(f"{number} of {len(own)} videos were finished before and are in {out.parent}")
-            raise
-        frames, height, width = result.video.shape[:3]
-        if options.json:
-            report = {
-                "out": str(out),
-                "model": spec.name,
-                "preset": f"{preset.model}/{preset.name}",
-                **settings_report(one, settings),
-                "width": width,
-                "height": height,
-                "frames": frames,
-                "seconds": result.seconds,
-                "density": result.density,
-                "density_per_step": result.density_per_step,
-                "device": str(pipeline.device),
-                "versions": versions(),
-            }
-            print_json(report)
-        else:
-            print(
-                f"{out}: {counted(frames, 'frame')} of {width}x{height}, {preset.model}/{preset.name}, "
-                f"{result.seconds:.1f} s, density {result.density:.3f}",
-                flush=True,
-            )
+    with Progress(len(own) * settings.steps, quiet=options.quiet) as progress:
+        for number, index in enumerate(own):
+            out = options.out if options.prompt_file is None else numbered(options.out, index)
+            one = argparse.Namespace(**vars(options) | {"prompt": prompts[index]})
+            try:
+                result = sample(pipeline, preset, one, settings, progress)
+                write_video(result.video, out, settings.fps)
+            except BaseException as error:  # an interrupt too: it goes on, with a remark
+                if number:
+                    error.add_note(f"{number} of {len(own)} videos were finished before and are in {out.parent}")
+                raise
+            with progress.aside():
+                _print(out, preset, one, settings, result, device=str(pipeline.device))
+
+
+def _print(
+    out: Path, preset: Preset, options: argparse.Namespace, settings: RunDefaults, result: Result, *, device: str
+) -> None:
+    """Says what became of one prompt."""
+    frames, height, width = result.video.shape[:3]
+    if options.json:
+        report = {
+            "out": str(out),
+            "model": options.model,
+            "preset": f"{preset.model}/{preset.name}",
+            **settings_report(options, settings),
+            "width": width,
+            "height": height,
+            "frames": frames,
+            "seconds": result.seconds,
+            "density": result.density,
+            "density_per_step": result.density_per_step,
+            "device": device,
+            "versions": versions(),
+        }
+        print_json(report)
+    else:
+        print(
+            f"{out}: {counted(frames, 'frame')} of {width}x{height}, {preset.model}/{printable(preset.name)}, "
+            f"{result.seconds:.1f} s, density {result.density:.3f}",
+            flush=True,
+        )

@@ -50,15 +50,25 @@ def load_model(
             pipeline: Any = load_pipeline(place, precision, folder=weights)
         else:
             pipeline = _load_diffusers(spec, weights, precision).to(place)
-    except (OSError, torch.OutOfMemoryError):
+    except OSError:
         raise
     # What diffusers and transformers raise over files that are not what they should be.
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"the weights in {weights or spec.hub} cannot be loaded: {kind}{error}") from error
     if lora is not None:
         _load_lora(pipeline, lora)
     return pipeline
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is one of those by which Python, torch on a GPU and torch on a CPU say so."""
+    said = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    )
 
 
 def device_named(name: str | None) -> torch.device:

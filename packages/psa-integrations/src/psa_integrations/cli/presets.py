@@ -10,10 +10,10 @@ from typing import Any
 from psa_config import Preset, load_presets
 from psa_config.commands import add_commands
 from psa_config.describe import describe
+from psa_config.errors import printable
 from psa_integrations.build import sparse_attention_of
 from psa_integrations.cli.arguments import positive
 from psa_integrations.cli.estimate import estimate_density, run_density
-from psa_integrations.cli.files import check_new_file
 from psa_integrations.cli.models import MODELS, presets_name
 from psa_integrations.cli.output import counted
 from psa_integrations.cli.shapes import SHAPES, grid_of
@@ -26,9 +26,8 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("presets", help="list, explain, check and write presets")
     subcommands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_commands(subcommands)
-    for name, run in (("new", run_new), ("convert", run_convert)):
-        command = subcommands.choices[name]
-        command.set_defaults(run=partial(run, command.get_default("run")))
+    new = subcommands.choices["new"]
+    new.set_defaults(run=partial(run_new, new.get_default("run")))
     show: argparse.ArgumentParser = subcommands.add_parser(
         "show", help="explain a preset in words, with its density and work at a size"
     )
@@ -41,31 +40,25 @@ def add_parser(commands: Any) -> None:
 
 
 def run_new(plain: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """psa-config's command, which is `plain`, for a file that can be made and either name of the model."""
+    """psa-config's command, which is `plain`, for either name of the model."""
     options.model = presets_name(options.model)
-    if options.file is not None:
-        check_new_file(options.file, "file")
-    return plain(options)
-
-
-def run_convert(plain: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """psa-config's command, which is `plain`, for a file that can be made."""
-    if options.out is not None:
-        check_new_file(options.out, "--out")
     return plain(options)
 
 
 def run_show(options: argparse.Namespace) -> int:
     """Prints the explanation."""
-    preset = load_presets(options.presets).get(presets_name(options.model), options.preset)
+    book = load_presets(options.presets)
+    model = options.model if options.model in book.models else presets_name(options.model)
+    preset = book.get(model, options.preset)
     for line in list(_explanation(preset, options)):  # nothing of it where something is wrong
         print(textwrap.fill(line, 100, subsequent_indent="  ") if line else "")
     return 0
 
 
 def _explanation(preset: Preset, options: argparse.Namespace) -> Iterator[str]:
-    title = f"{preset.model}/{preset.name}"
-    yield f"{title}: {preset.attention.description}" if preset.attention.description else title
+    title = printable(f"{preset.model}/{preset.name}")
+    description = printable(" ".join(preset.attention.description.split()))
+    yield f"{title}: {description}" if description else title
     yield ""
     yield from describe(preset)
     yield ""

@@ -1,13 +1,18 @@
 """One progress bar for all steps of a command."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from psa_config.errors import printable
 from psa_integrations.diffusers import AppliedAttention
 from psa_integrations.stats import AttentionStats
+
+_LONGEST_NAME = 32
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
@@ -21,16 +26,27 @@ class Progress:
     """
 
     def __init__(self, total: int, *, quiet: bool) -> None:
-        self._bar = tqdm(total=total, disable=quiet, unit="step", dynamic_ncols=True)
+        nowhere = sys.stderr is None  # where a shell closed it
+        self._bar = tqdm(total=total, disable=quiet or nowhere, unit="step", dynamic_ncols=True)
 
-    def run(self, name: str, applied: AppliedAttention) -> StepCallback:
-        """What a pipeline is to call after each step of the run called `name`, as its `callback_on_step_end`."""
-        self._bar.set_description(name)
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it the bar is off the screen, and something else can be printed."""
+        with self._bar.external_write_mode():
+            yield
+
+    def run(self, name: str, applied: AppliedAttention | None) -> StepCallback:
+        """What a pipeline is to call after each step of the run called `name`, as its `callback_on_step_end`.
+
+        Args:
+            name: of the run.
+            applied: what its transformers have; None where that is dense attention, as they came.
+        """
+        self._bar.set_description(printable(name)[:_LONGEST_NAME])
 
         def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if not self._bar.disable:
-                stats = applied.stats()  # waits for the device, once a step
-                self._bar.set_postfix_str(f"{_kind(stats, step)}, density {stats.density:.3f}", refresh=False)
+                self._bar.set_postfix_str(_state(applied, step), refresh=False)
             self._bar.update()
             return {}
 
@@ -43,6 +59,13 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
+
+
+def _state(applied: AppliedAttention | None, step: int) -> str:
+    if applied is None:
+        return "dense, density 1.000"
+    stats = applied.stats()  # waits for the device, once a step
+    return f"{_kind(stats, step)}, density {stats.density:.3f}"
 
 
 def _kind(stats: AttentionStats, step: int) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from psa_config import Preset
 from psa_integrations.build import check_clusters, sparse_attention_of
-from psa_integrations.cli.arguments import finite, positive, seed
+from psa_integrations.cli.arguments import finite, frames_per_second, positive, seed, text
 from psa_integrations.cli.load import DTYPES
 from psa_integrations.cli.models import RunDefaults
 from psa_integrations.cli.progress import Progress
@@ -76,11 +76,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=0, help="of the initial noise (default 0)")
     parser.add_argument("--width", type=positive, help="in pixels")
     parser.add_argument("--height", type=positive, help="in pixels")
-    parser.add_argument("--frames", type=positive)
+    parser.add_argument("--frames", type=positive, help="of the video")
     parser.add_argument("--steps", type=positive, help="denoising steps")
     parser.add_argument("--guidance", type=finite, help="scale of classifier-free guidance")
-    parser.add_argument("--negative-prompt", help="what to lead away from")
-    parser.add_argument("--fps", type=positive, help="frames a second of the file")
+    parser.add_argument("--negative-prompt", type=text, help="what to lead away from")
+    parser.add_argument("--fps", type=frames_per_second, help="frames a second of the file")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -167,7 +167,7 @@ def sample(
     preset: Preset,
     options: argparse.Namespace,
     run: RunDefaults,
-    progress: Progress | None = None,
+    progress: Progress,
     *,
     recorder: LevelRecorder | None = None,
     clock: StepClock | None = None,
@@ -179,7 +179,7 @@ def sample(
         preset: of its model.
         options: those of `add_sampling_options`, and `prompt`.
         run: what they come to, see `chosen`.
-        progress: counts the steps; None is a bar for this run alone.
+        progress: counts the steps.
         recorder: gets the level maps.
         clock: times the steps.
 
@@ -191,8 +191,7 @@ def sample(
     with ExitStack() as stack:
         applied = stack.enter_context(apply_pyramid_sparse_attention(pipeline, preset))
         applied.record_levels(recorder)
-        bar = progress or stack.enter_context(Progress(run.steps, quiet=options.quiet))
-        counted = bar.run(preset.name, applied)
+        counted = progress.run(preset.name, applied)
         if clock is not None:
             for name in ("transformer", "transformer_2"):
                 if getattr(pipeline, name, None) is not None:
@@ -215,7 +214,11 @@ def sample(
 def run_pipeline(
     pipeline: Any, prompt: str, options: argparse.Namespace, run: RunDefaults, after_step: Callable[..., dict[str, Any]]
 ) -> np.ndarray:
-    """One video [F, H, W, 3] in [0, 1]; `after_step` is the pipeline's `callback_on_step_end`."""
+    """One video [F, H, W, 3] in [0, 1]; `after_step` is the pipeline's `callback_on_step_end`.
+
+    Raises:
+        ValueError: the model came to values that are no finite numbers.
+    """
     frames = pipeline(
         prompt=prompt,
         negative_prompt=options.negative_prompt,
@@ -228,7 +231,13 @@ def run_pipeline(
         output_type="np",
         callback_on_step_end=after_step,
     ).frames[0]
-    return np.asarray(frames)
+    video = np.asarray(frames)
+    if not np.isfinite(video).all():
+        raise ValueError(
+            "the model came to values that are no finite numbers, which make no video; a --guidance nearer to 1 and "
+            "--dtype bfloat16 or float32 keep it from them"
+        )
+    return video
 
 
 def settings_report(options: argparse.Namespace, run: RunDefaults) -> dict[str, object]:

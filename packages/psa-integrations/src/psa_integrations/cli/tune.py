@@ -18,14 +18,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from psa_config import MaskRatios, Preset, PyramidSparseAttention, load_presets
+from psa_config.files import check_new_file, write_new
 from psa_integrations.attention import sparse_attention
 from psa_integrations.build import content_orders, mask_policy, sparse_attention_of, token_order
 from psa_integrations.cli.arguments import finite, positive
 from psa_integrations.cli.estimate import estimate_density
-from psa_integrations.cli.files import check_new_file, write_new
 from psa_integrations.cli.load import load_model
 from psa_integrations.cli.models import MODELS, RunDefaults, command_name
 from psa_integrations.cli.output import counted, print_json, set_up_logging, versions
+from psa_integrations.cli.progress import Progress
 from psa_integrations.cli.prompts import read_prompts
 from psa_integrations.cli.sample import (
     add_sampling_options,
@@ -110,7 +111,6 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measures, compares and writes the preset."""
     set_up_logging(verbose=options.verbose, quiet=options.quiet)
-    say = _nothing if options.json else partial(print, flush=True)
     spec = MODELS[options.model]
     base = load_presets().get(spec.presets, "psa_quality")
     attention = sparse_attention_of(base)
@@ -135,18 +135,29 @@ def run(options: argparse.Namespace) -> None:
     check_calls(pipeline, [base], prompts, options, settings)
     grid = grid_of(base, width=settings.width, height=settings.height, frames=settings.frames)
     candidates = list(_candidates(base, attention, density, grid))
-    videos = []
-    for prompt in prompts:
-        say(f"dense: {prompt!r}")
-        videos.append(_dense(pipeline, prompt, options, settings, grid.seq_len, attention.warmup_steps, candidates))
-    for candidate in candidates:
-        say(f"{_name(candidate.preset)}: attention error {candidate.error:.4f}, density {candidate.density:.4f}")
-    candidates.sort(key=lambda candidate: candidate.error)
+    tries = min(options.videos, len(candidates))
+    with Progress(len(prompts) * (1 + tries) * settings.steps, quiet=options.quiet) as progress:
 
-    tried = candidates[: options.videos]
-    for candidate in tried:
-        candidate.psnr = _mean_psnr(pipeline, candidate.preset, prompts, videos, options, settings)
-        say(f"{_name(candidate.preset)}: PSNR {candidate.psnr:.2f} dB")
+        def say(text: str) -> None:
+            if not options.json:
+                with progress.aside():
+                    print(text, flush=True)
+
+        videos = []
+        for prompt in prompts:
+            say(f"dense: {prompt!r}")
+            dense = _dense(
+                pipeline, prompt, options, settings, progress, grid.seq_len, attention.warmup_steps, candidates
+            )
+            videos.append(dense)
+        for candidate in candidates:
+            say(f"{_name(candidate.preset)}: attention error {candidate.error:.4f}, density {candidate.density:.4f}")
+        candidates.sort(key=lambda candidate: candidate.error)
+
+        tried = candidates[:tries]
+        for candidate in tried:
+            candidate.psnr = _mean_psnr(pipeline, candidate.preset, prompts, videos, options, settings, progress)
+            say(f"{_name(candidate.preset)}: PSNR {candidate.psnr:.2f} dB")
     best = max(tried, key=lambda candidate: candidate.psnr or 0.0)
     text = (
         f"Tuned, prompts: {len(prompts)}, {counted(settings.frames, 'frame')} of {settings.width}x{settings.height}, "
@@ -154,7 +165,9 @@ def run(options: argparse.Namespace) -> None:
         f"PSNR {best.psnr:.2f} dB."
     )
     _write(options.out, best.preset, text)
-    if options.json:
+    if not options.json:
+        print(f"{options.out}: {_name(best.preset)}. {text}")
+    else:
         report = {
             "out": str(options.out),
             "model": spec.name,
@@ -171,11 +184,6 @@ def run(options: argparse.Namespace) -> None:
             "versions": versions(),
         }
         print_json(report)
-    say(f"{options.out}: {_name(best.preset)}. {text}")
-
-
-def _nothing(text: str) -> None:
-    """In place of a line that a program does not want."""
 
 
 def _candidates(
@@ -261,6 +269,7 @@ def _dense(
     prompt: str,
     options: argparse.Namespace,
     settings: RunDefaults,
+    progress: Progress,
     length: int,
     warmup: int,
     candidates: Sequence[_Candidate],
@@ -272,11 +281,13 @@ def _dense(
     measure = _Measure(length, candidates)
     measure.on = 0 in wanted
 
-    def after_step(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-        measure.on = step + 1 in wanted
-        return values
+    counted_step = progress.run("dense", None)
 
-    pipeline.set_progress_bar_config(desc="dense", disable=options.quiet)
+    def after_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        measure.on = step + 1 in wanted
+        return counted_step(pipeline, step, timestep, values)
+
+    pipeline.set_progress_bar_config(disable=True)  # ours stands in for it
     with measure:
         video = run_pipeline(pipeline, prompt, options, settings, after_step)
     if not measure.calls:
@@ -291,10 +302,12 @@ def _mean_psnr(
     videos: Sequence[np.ndarray],
     options: argparse.Namespace,
     settings: RunDefaults,
+    progress: Progress,
 ) -> float:
     total = 0.0
     for prompt, video in zip(prompts, videos, strict=True):
-        result = sample(pipeline, preset, argparse.Namespace(**vars(options) | {"prompt": prompt}), settings)
+        told = argparse.Namespace(**vars(options) | {"prompt": prompt})
+        result = sample(pipeline, preset, told, settings, progress)
         total += psnr_and_ssim(result.video, video)[0]
     return total / len(prompts)
 

@@ -3,14 +3,13 @@
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from psa_integrations.cli.files import check_folder_of
+from psa_config.files import check_folder_of, folder_beside
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +34,8 @@ def write_video(video: np.ndarray, path: Path, fps: int) -> None:
     """
     from diffusers.utils import export_to_video
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-        partial = Path(folder) / path.name
+    with folder_beside(path) as folder:
+        partial = folder / path.name
         try:
             # A macro block of 2 is the least that the encoder's colour format allows; more would rescale.
             export_to_video(list(video), str(partial), fps=fps, quality=9.0, macro_block_size=2)

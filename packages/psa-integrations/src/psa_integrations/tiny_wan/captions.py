@@ -67,17 +67,18 @@ class Caption:
         return " ".join(["a", *filter(None, words)])
 
 
-def parse_caption(prompt: str) -> Caption:
+def parse_caption(prompt: str, argument: str = "prompt") -> Caption:
     """Reads a prompt such as "a red circle moving right on a striped background".
 
-    Case, punctuation, word order and filler words do not matter; an empty prompt is an empty caption.
+    Case, punctuation, word order and filler words do not matter; an empty prompt is an empty caption. `argument` is
+    what errors call it.
 
     Raises:
         TypeError: `prompt` is no string.
         ValueError: a word is neither known nor a filler, or two words fill one slot.
     """
     if not isinstance(prompt, str):
-        raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
+        raise TypeError(f"{argument} must be a string, got {type(prompt).__name__}")
     found: dict[str, str] = {}
     for raw in re.findall(r"[^\W_]+", prompt.lower()):
         word = _SYNONYMS.get(raw, raw)
@@ -86,15 +87,16 @@ def parse_caption(prompt: str) -> Caption:
         slot = _SLOT_OF.get(word)
         if slot is None:
             known = "; ".join(f"{name}: {', '.join(words)}" for name, words in SLOTS.items())
-            raise ValueError(f"prompt has the word {raw!r}, which the tiny model does not know. It knows {known}")
+            raise ValueError(f"{argument} has the word {raw!r}, which the tiny model does not know. It knows {known}")
         if found.setdefault(slot, word) != word:
-            raise ValueError(f"prompt must name one {slot}, got {found[slot]!r} and {word!r}")
+            raise ValueError(f"{argument} must name one {slot}, got {found[slot]!r} and {word!r}")
     return Caption(**found)
 
 
-def encode_captions(prompts: Sequence[str]) -> torch.Tensor:
+def encode_captions(prompts: Sequence[str], argument: str = "prompt") -> torch.Tensor:
     """Prompts to vocabulary indices, int64 [len(prompts), 4]; raises as `parse_caption` does."""
-    return torch.tensor([parse_caption(prompt).ids for prompt in prompts], dtype=torch.int64).reshape(-1, len(SLOTS))
+    ids = [parse_caption(prompt, argument).ids for prompt in prompts]
+    return torch.tensor(ids, dtype=torch.int64).reshape(-1, len(SLOTS))
 
 
 def direction_vectors(ids: torch.Tensor) -> torch.Tensor:

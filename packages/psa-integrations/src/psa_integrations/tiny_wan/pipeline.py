@@ -85,8 +85,8 @@ class TinyWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 returns a dict whose "latents", if any, replace the current ones.
 
         Raises:
-            ValueError: a size that is not a positive multiple of the patch, fewer than one step, an unknown
-                word or `output_type`, numbers of prompts that differ.
+            ValueError: a size that is not a positive multiple of the patch or beyond the rotary table, fewer than one
+                step, an unknown word or `output_type`, numbers of prompts that differ.
         """
         guided = guidance_scale > 1
         self.check_inputs(prompt, negative_prompt if guided else None, height, width, num_frames)
@@ -148,6 +148,7 @@ class TinyWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError("prompt must hold at least one caption, got none")
         if len(negatives) != len(prompts):
             raise ValueError(f"negative_prompt must hold one caption a prompt ({len(prompts)}), got {len(negatives)}")
+        longest = self.transformer.config.rope_max_seq_len
         for name, value, multiple in (
             ("num_frames", num_frames, 1),
             ("height", height, PATCH),
@@ -155,7 +156,10 @@ class TinyWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         ):
             if value < multiple or value % multiple:
                 raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
-        encode_captions([*prompts, *negatives])
+            if value > longest * multiple:
+                raise ValueError(f"{name} must be at most {longest * multiple}, got {value}")
+        encode_captions(prompts)
+        encode_captions(negatives, "negative_prompt")
 
     def _flow(
         self,

@@ -33,6 +33,8 @@ const fixed = (value, digits) => (value === null ? "–" : value.toFixed(digits)
 const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)}%`;
 const seconds = (value) => (value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2)) + " s";
 const decibel = (value) => (value === null ? "equal" : `${value.toFixed(2)} dB`);
+/** A name within a sentence, whose direction of writing it leaves alone. */
+const isolate = (text) => `\u2068${text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "")}\u2069`;
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
 function median(values) {
@@ -73,11 +75,12 @@ function tipOn(element, textAt) {
 /** The run's mark in legends: its colour, its dash and its marker, so that colour is never all. */
 const DASHES = ["", "7 4", "2 3", "9 3 2 3"];
 const MARKERS = ["circle", "square", "triangle", "diamond"];
-const styleOf = (run) => ({
-  colour: run === 0 ? "var(--soft)" : `var(--s${(run - 1) % 6})`,
-  dash: run === 0 ? "" : DASHES[(run - 1) % DASHES.length],
-  marker: run === 0 ? "none" : MARKERS[(run - 1) % MARKERS.length],
-});
+function styleOf(run) {
+  if (run === 0) return { colour: "var(--soft)", dash: "", marker: "none" };
+  // Six colours and four shapes come round together after twelve; shifted then, all differ up to 24.
+  const shape = (run - 1 + Math.floor((run - 1) / 12)) % 4;
+  return { colour: `var(--s${(run - 1) % 6})`, dash: DASHES[shape], marker: MARKERS[shape] };
+}
 
 function marker(kind, x, y, colour, size = 3.6) {
   const shapes = {

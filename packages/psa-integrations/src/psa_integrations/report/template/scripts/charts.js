@@ -77,17 +77,19 @@ function lineChart(host, series, options) {
   return { move(place) { now.setAttribute("x1", x(place)); now.setAttribute("x2", x(place)); now.dataset.at = place; } };
 }
 
+const NO_SPARSE = "There is no sparse run.";
+
 let frameCharts = [];
 function drawFrameCharts() {
   const sparse = runs().map((run, index) => ({ run, index })).slice(1);
   const series = (name) => sparse.map(({ run, index }) => ({ run: index, values: run[name] }));
-  const tip = (name, show) => (at) => `frame ${at}\n` + sparse.map(({ run }) => `${run.name}: ${show(run[name][at])}`).join("\n");
+  const tip = (name, show) => (at) => `frame ${at}\n` + sparse.map(({ run }) => `${isolate(run.name)}: ${show(run[name][at])}`).join("\n");
   frameCharts = [
-    lineChart($("psnr-chart"), series("psnr_per_frame"), { title: "PSNR", unit: "dB, by frame", pick: stopAt, tip: tip("psnr_per_frame", decibel), none: "Every frame equals the dense one: PSNR is infinite." }),
-    lineChart($("ssim-chart"), series("ssim_per_frame"), { title: "SSIM", unit: "by frame", most: 1, pick: stopAt, tip: tip("ssim_per_frame", (value) => fixed(value, 4)) }),
+    lineChart($("psnr-chart"), series("psnr_per_frame"), { title: "PSNR", unit: "dB, by frame", pick: stopAt, tip: tip("psnr_per_frame", decibel), none: sparse.length ? "Every frame equals the dense one: PSNR is infinite." : NO_SPARSE }),
+    lineChart($("ssim-chart"), series("ssim_per_frame"), { title: "SSIM", unit: "by frame", most: 1, pick: stopAt, tip: tip("ssim_per_frame", (value) => fixed(value, 4)), none: NO_SPARSE }),
   ];
   frameCharts.forEach((chart) => chart.move(state.frame));
-  const equal = sparse.filter(({ run }) => run.psnr_per_frame.includes(null)).map(({ run }) => `${run.name} (${run.psnr_per_frame.filter((value) => value === null).length})`);
+  const equal = sparse.filter(({ run }) => run.psnr_per_frame.includes(null)).map(({ run }) => `${isolate(run.name)} (${run.psnr_per_frame.filter((value) => value === null).length})`);
   $("frames-note").textContent = equal.length ? `Some frames equal the dense ones, where PSNR is infinite and has no point: ${equal.join(", ")}.` : "";
 }
 
@@ -109,11 +111,11 @@ function drawTimeChart() {
     const last = bands[bands.length - 1];
     if (last && last[1] === step - 1) last[1] = step; else bands.push([step, step]);
   }
-  const tip = (at) => `step ${at}\n` + all.map(({ run, dense }) => `${run.name}: ${at < run.step_seconds.length ? seconds(run.step_seconds[at]) : "–"}${dense.has(at) ? ", dense" : ""}`).join("\n");
+  const tip = (at) => `step ${at}\n` + all.map(({ run, dense }) => `${isolate(run.name)}: ${at < run.step_seconds.length ? seconds(run.step_seconds[at]) : "–"}${dense.has(at) ? ", dense" : ""}`).join("\n");
   lineChart($("time-chart"), all.map(({ run, index }) => ({ run: index, values: run.step_seconds })), { title: "Seconds", unit: "by denoising step", zero: true, bands, band: "dense in all", tip, none: "The pipeline reported no steps, so there are no times." });
   const parts = all.map(({ run, dense }) => {
     const counted = run.step_seconds.filter((_, step) => run.dense || !dense.has(step));
-    return counted.length ? `${run.name} ${seconds(median(counted))}` : `${run.name}: no such step`;
+    return counted.length ? `${isolate(run.name)} ${seconds(median(counted))}` : `${isolate(run.name)}: no such step`;
   });
   $("time-note").textContent = `Median of the sparse steps, and of all steps of dense: ${parts.join(", ")}. First steps may warm up caches or compile. On ${data.device}, ${data.dtype}.`;
 }

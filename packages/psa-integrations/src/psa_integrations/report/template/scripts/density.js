@@ -32,7 +32,7 @@ function buildDensity() {
     if (!index) return;
     for (const transformer of new Set(run.layers.map((entry) => entry.transformer))) {
       const entries = run.layers.filter((entry) => entry.transformer === transformer && entry.step !== null);
-      const title = run.name + (transformer === "transformer" ? "" : `, ${transformer}`);
+      const title = isolate(run.name) + (transformer === "transformer" ? "" : `, ${transformer}`);
       const figure = make("figure", {}, make("figcaption", {}, make("b", {}, title), " ", make("span", { class: "quiet" }, "layers down, steps across")));
       host.append(figure);
       if (!entries.length) {
@@ -80,8 +80,8 @@ function buildDensity() {
       densityMaps.push(map);
     }
   });
-  if (!densityMaps.length && !host.childElementCount) host.append(make("p", { class: "notice" }, "There is no sparse run."));
-  $("density-readout").textContent = "A dot marks a layer and step whose level maps are shown below; choose one.";
+  if (!densityMaps.length && !host.childElementCount) host.append(make("p", { class: "notice" }, NO_SPARSE));
+  $("density-readout").textContent = densityMaps.length ? "A dot marks a layer and step whose level maps are shown below; choose one." : "";
 }
 
 function drawDensity() {

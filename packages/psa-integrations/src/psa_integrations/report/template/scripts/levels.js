@@ -26,7 +26,7 @@ const currentMap = () => data.shown[state.prompt][state.run].maps.find((one) =>
 function whyNoMap() {
   const run = runs()[state.run];
   const entry = run.layers.find((one) => one.transformer === state.transformer && one.layer === state.layer && one.step === state.step);
-  const where = `Layer ${state.layer}, step ${state.step} of ${run.name}`;
+  const where = `Layer ${state.layer}, step ${state.step} of ${isolate(run.name)}`;
   if (entry && entry.dense_calls === entry.calls) return `${where} ran dense: every query reads every key at level 1.`;
   if (!entry) return `${where} was never called, so there is no level map.`;
   const left = data.shown[state.prompt][state.run].maps_left_out;

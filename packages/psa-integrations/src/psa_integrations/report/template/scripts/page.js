@@ -91,8 +91,8 @@ async function showPrompt(index) {
 }
 
 async function start() {
-  const size = `${numFrames()} frames of ${data.width}×${data.height}`;
-  $("facts").textContent = `${data.model}, seed ${data.seed}, ${size}, ${plural(data.steps, "step")}, guidance ${data.guidance}` + (data.negative_prompt ? `, away from “${data.negative_prompt}”` : "");
+  const size = `${plural(numFrames(), "frame")} of ${data.width}×${data.height}`;
+  $("facts").textContent = `${data.model}, seed ${data.seed}, ${size}, ${plural(data.steps, "step")}, guidance ${data.guidance}` + (data.negative_prompt ? `, away from “${isolate(data.negative_prompt)}”` : "");
   if (data.missing_videos) {
     $("missing").hidden = false;
     $("missing").textContent = `The run was cut short: ${plural(data.missing_videos, "video")} of it ${data.missing_videos === 1 ? "is" : "are"} missing here.`;

@@ -34,6 +34,7 @@ function buildVideos() {
   host.classList.toggle("pixels", Math.max(data.pictures.width, data.pictures.height) <= 160);
   const { width, height } = data.pictures;
   host.style.setProperty("--aspect", clamp(width / height, 0.6, 1.8));
+  host.style.setProperty("--count", runs().length);
   host.replaceChildren();
   figures.length = 0;
   runs().forEach((run, index) => {
@@ -58,7 +59,7 @@ function buildVideos() {
       under.append(make("label", { class: "field" }, "Amplify", slider, value));
       under.append(make("p", { class: "quiet" }, "With each preset: its difference from dense, channel by channel. Black is equal, the numbers are of 255."));
     }
-    tipOn(video, () => `${run.name}, frame ${state.frame}` + (index ? `\nPSNR ${decibel(run.psnr_per_frame[state.frame])}, SSIM ${fixed(run.ssim_per_frame[state.frame], 4)}` : ""));
+    tipOn(video, () => `${isolate(run.name)}, frame ${state.frame}` + (index ? `\nPSNR ${decibel(run.psnr_per_frame[state.frame])}, SSIM ${fixed(run.ssim_per_frame[state.frame], 4)}` : ""));
     figures.push(figure);
     host.append(make("figure", { class: "run" }, caption, video, under));
   });
@@ -73,7 +74,7 @@ function drawVideos() {
   figures.forEach((figure, index) => {
     figure.video.getContext("2d").drawImage(pictures[index][state.frame], 0, 0);
     figure.video.dataset.frame = state.frame;
-    figure.video.setAttribute("aria-label", `${runs()[index].name}, frame ${state.frame} of ${numFrames()}`);
+    figure.video.setAttribute("aria-label", `${isolate(runs()[index].name)}, frame ${state.frame} of ${numFrames()}`);
     if (!index) { dense = pixelsOf(0, state.frame); return; }
     const ours = pixelsOf(index, state.frame);
     let sum = 0, most = 0;
@@ -86,7 +87,7 @@ function drawVideos() {
       }
     }
     figure.difference.getContext("2d").putImageData(ours, 0, 0);
-    figure.difference.setAttribute("aria-label", `Difference of ${runs()[index].name} from dense, amplified ${state.amplify} times`);
+    figure.difference.setAttribute("aria-label", `Difference of ${isolate(runs()[index].name)} from dense, amplified ${state.amplify} times`);
     figure.note.textContent = `mean ${(sum / (width * height * 3)).toFixed(1)}, most ${most}`;
   });
 }
