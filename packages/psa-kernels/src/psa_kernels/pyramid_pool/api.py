@@ -63,7 +63,7 @@ def pool_pyramid(
         impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU, torch elsewhere.
 
     Raises:
-        TypeError, ValueError: an argument breaks a rule above, or ``x`` requires grad.
+        TypeError, ValueError: an argument breaks a rule above, or ``x`` wants a derivative.
     """
     checks.sequence("x", x)
     checks.power_of_two("block_kv", block_kv)
