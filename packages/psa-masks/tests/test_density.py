@@ -78,3 +78,5 @@ def test_refuses_what_is_no_level_map() -> None:
         density(torch.ones(1, 1, 2, 2, dtype=torch.int8), BlockLayout(16, 20, block_q=8, block_kv=8))
     with pytest.raises(TypeError, match=r"levels must be a torch.Tensor, got list"):
         density([[[[1]]]])
+    with pytest.raises(TypeError, match=r"layout must be a psa_kernels.BlockLayout, got int"):
+        density(torch.ones(1, 1, 2, 2, dtype=torch.int8), 8)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psa_kernels import BlockLayout, rank_levels
 from psa_kernels import checks as kernel_checks
-from psa_kernels.layout import existing_keys
+from psa_kernels.layout import existing_keys, max_levels
 from psa_masks import checks
 from psa_masks.constraints import coarsest_level
 from psa_masks.levels import shares_of
@@ -69,9 +69,10 @@ def levels_by_budget(
     more, what is left of the budget is less than the work of one block pair. Up to the rounding of a float (2^-50).
 
     Args:
-        importance: floating point ``[B, H, num_q_blocks, num_kv_blocks]``, finite and not negative (not checked: that
-            would wait for the device), read in float32. A score for each key of the block, as ``block_importance``
-            gives: a short block is ranked as a whole one of its score, and costs what it costs.
+        importance: floating point ``[B, H, num_q_blocks, num_kv_blocks]``, not negative (not checked: that would wait
+            for the device), read in float32. NaN and infinity count as its largest number. A score for each key of the
+            block, as ``block_importance`` gives: a short block is ranked as a whole one of its score, and costs what it
+            costs.
         density: executed over dense work, in (0, 1]; with ``skip="mean"`` at least what the means cost.
         num_levels: levels 1..num_levels are chosen from, 1 to 9.
         skip: what becomes of the other blocks: ``"drop"`` leaves them out, ``"mean"`` reads each as one row, at level
@@ -128,14 +129,15 @@ def levels_by_budget(
     if share == "layer":
         dense, least = dense * heads, least.sum(-1, keepdim=True)
     budget = ((dense.double() * (rate * (1 + 2**-50))).floor().long() - least).clamp(min=0)
-    rows = budget.numel()  # heads of all samples, or samples
+    # Heads of all samples, or samples; the pairs of either.
+    sizes = (budget.numel(), scores.shape[1:].numel() if share == "layer" else scores.shape[2:].numel())
 
     is_short = keys < block_kv
-    work = [_Work(torch.where(free & ~is_short, queries, 0).view(rows, -1), torch.full_like(budget, block_kv))]
+    work = [_Work(torch.where(free & ~is_short, queries, 0).view(sizes), torch.full_like(budget, block_kv))]
     if kv_lengths is not None or (layout is not None and layout.kv_len % block_kv):
         short_keys = torch.where(is_short, keys, 0).amax((-2, -1)).expand_as(budget)
-        work.append(_Work(torch.where(free & is_short, queries, 0).view(rows, -1), short_keys))
-    levels = _spend(ranked.view(rows, -1), work, steps, rest, budget.view(rows, 1))
+        work.append(_Work(torch.where(free & is_short, queries, 0).view(sizes), short_keys))
+    levels = _spend(ranked.view(sizes), work, steps, rest, budget.view(-1, 1))
     return levels.view_as(scores).masked_fill(forced, 1).masked_fill(~seen, 0)
 
 
@@ -202,13 +204,11 @@ def _spend(scores: Tensor, work: list[_Work], steps: list[_Step], rest: int, bud
 
 def _steps(block_kv: int, num_levels: int, rest: int, errors: Sequence[float] | None) -> list[_Step]:
     """From the coarsest level to level 1, over the lower convex hull of work and squared error."""
-    coarsest = coarsest_level(block_kv)
     checks.integer("num_levels", num_levels, 1)
-    if num_levels > min(coarsest, checks.MAX_BOUNDS):
-        raise ValueError(
-            f"num_levels must be at most {min(coarsest, checks.MAX_BOUNDS)}, of which block_kv {block_kv} has "
-            f"{coarsest}, got {num_levels}"
-        )
+    coarsest = min(max_levels(block_kv), checks.MAX_BOUNDS)
+    if num_levels > coarsest:
+        of_blocks = "" if block_kv == _UNIFORM_BLOCK else f", as a block of block_kv {block_kv} has {coarsest}"
+        raise ValueError(f"num_levels must be at most {coarsest}{of_blocks}, got {num_levels}")
     if errors is None:
         scale = 1.0 if rest else _MEAN_OVER_DROPPED
         relative = tuple(error * scale for error in _ERRORS[: num_levels - 1])
@@ -275,7 +275,10 @@ def _scores(importance: object, layout: BlockLayout | None) -> Tensor:
                 f"importance must have the layout's {layout.num_q_blocks} x {layout.num_kv_blocks} blocks, "
                 f"got {list(scores.shape)}"
             )
-    return scores.detach().float().contiguous()
+    # A search among scores that are no numbers would end outside of them. Their place takes the largest number, as NaN
+    # is the highest for rank_levels too.
+    largest = torch.finfo(torch.float32).max
+    return scores.detach().float().nan_to_num(nan=largest, posinf=largest).contiguous()
 
 
 def _check_full(full: object, scores: Tensor) -> None:
@@ -287,6 +290,8 @@ def _check_full(full: object, scores: Tensor) -> None:
     kernel_checks.strided("full", full)
     if full.ndim > 4 or any(n not in (1, size) for n, size in zip(full.shape[::-1], scores.shape[::-1], strict=False)):
         raise ValueError(f"full must broadcast to importance's {list(scores.shape)}, got {list(full.shape)}")
+    if full.device != scores.device:
+        raise ValueError(f"full must be on importance's device {scores.device}, got {full.device}")
 
 
 def _check_pays_for_means(density: float, layout: BlockLayout) -> None:
