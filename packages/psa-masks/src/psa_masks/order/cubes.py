@@ -33,7 +33,7 @@ def cube_order(
             curve of ``gilbert_order`` over the grid of cubes, so that each shares a face with the next.
 
     Returns:
-        The order of the whole sequence, shared between equal calls.
+        The order of the whole sequence, shared between equal calls. Make it outside of what torch.compile traces.
 
     Raises:
         TypeError: ``grid`` is no VideoGrid, or ``cube`` no sequence of ints.

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from psa_kernels import checks as kernel_checks
 from psa_kernels import kd_tree, leading_directions
+from psa_kernels.registry import without_autocast
 from psa_masks.grid import VideoGrid, video_range_of
 from psa_masks.order.head_order import HeadOrder
 from psa_masks.order.semantic import check_base
@@ -38,7 +39,7 @@ def kd_tree_order(
     they are. Nothing waits for the device.
 
     Args:
-        query: ``[B, H, q_len, D]``, H a multiple of H_kv.
+        query: ``[B, H, q_len, D]``, H a multiple of H_kv, on the device of ``key``.
         key: ``[B, H_kv, L, D]``.
         block_kv: tokens of a key/value block, a power of two.
         grid: the sequence, ``grid.seq_len == L``: its text tokens stay where they are. None takes all for video.
@@ -62,6 +63,8 @@ def kd_tree_order(
             f"query must have the batch and head_dim of key {list(key.shape)} and a multiple of its heads, "
             f"got {list(query.shape)}"
         )
+    if query.device != key.device:
+        raise ValueError(f"query must be on key's device {key.device}, got {query.device}")
     kernel_checks.power_of_two("block_kv", block_kv)
     if num_directions is None:
         num_directions = min(_DIRECTIONS, head_dim)
@@ -70,14 +73,14 @@ def kd_tree_order(
         raise ValueError(f"num_directions must be 1 to the head_dim {head_dim}, got {num_directions}")
     start, stop = video_range_of(grid, length, "key")
     if base is not None:
-        check_base(base, start, stop, length)
+        check_base(base, start, stop, length, "key")
 
     order = torch.arange(length, device=key.device) if base is None else base.index(key.device)
     first, last = -(-start // block_kv) * block_kv, stop // block_kv * block_kv
     if first >= last or block_kv == 1:
         return HeadOrder(order.expand(batch, heads, length))
     inside = order[first:last]
-    with torch.autocast(key.device.type, enabled=False), torch.no_grad():
+    with without_autocast(key.device), torch.no_grad():
         moments = sampled_moments(query, key[:, :, start:stop])
         directions = leading_directions(*moments, num_directions, impl=impl)
         places = (key @ directions.to(key.dtype)).index_select(2, inside)  # what moves is the smaller
