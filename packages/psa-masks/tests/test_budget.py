@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from functools import partial
 from itertools import product
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from psa_kernels import BlockLayout
 from psa_masks import density, levels_by_budget
+from psa_masks.budget import check_pays_for_means
 
 seeds = st.integers(0, 2**32)
 percents = st.integers(1, 100)
@@ -271,6 +274,21 @@ def test_scores_that_are_no_numbers_are_the_highest(share: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 2), (2, 0)])
 def test_no_samples_or_no_heads_give_an_empty_map(shape: tuple[int, int], share: str) -> None:
     assert levels_by_budget(torch.rand(*shape, 4, 4), 0.3, share=share).shape == (*shape, 4, 4)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_new_length_to_check_compiles_nothing(is_causal: bool) -> None:
+    counter = CompileCounterWithBackend("eager")
+
+    @partial(torch.compile, fullgraph=True, dynamic=True, backend=counter)
+    def checked(x: Tensor) -> Tensor:
+        layout = BlockLayout(len(x), len(x), block_q=8, block_kv=8, is_causal=is_causal)
+        check_pays_for_means(0.4, layout)
+        return x + 1
+
+    for length in (27, 45):
+        checked(torch.zeros(length))
+    assert counter.frame_count == 1
 
 
 LAYOUT = BlockLayout(32, 32, block_q=8, block_kv=8)

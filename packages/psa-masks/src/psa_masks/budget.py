@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ def levels_by_budget(
     rest = coarsest_level(block_kv) if skip == "mean" else 0
     steps = _steps(block_kv, num_levels, rest, errors)
     if layout is not None and skip == "mean":
-        _check_pays_for_means(rate, layout)
+        check_pays_for_means(rate, layout)
 
     queries, keys, seen, crossing = _sizes(scores, layout, kv_lengths)
     ranked = scores.masked_fill(~seen, -1.0)
@@ -294,15 +295,29 @@ def _check_full(full: object, scores: Tensor) -> None:
         raise ValueError(f"full must be on importance's device {scores.device}, got {full.device}")
 
 
-def _check_pays_for_means(density: float, layout: BlockLayout) -> None:
-    """One row for each block that is seen costs no more than the density."""
+@lru_cache(maxsize=64)
+def _causal_means(layout: BlockLayout) -> tuple[int, int]:
+    """The work of a row for each block that is seen under a causal mask, and that of dense attention."""
     means = dense = 0
     for first in range(0, layout.q_len, layout.block_q):
         queries = min(layout.block_q, layout.q_len - first)
-        keys = min(layout.kv_len, first + queries + layout.kv_len - layout.q_len) if layout.is_causal else layout.kv_len
-        num_blocks = -(-keys // layout.block_kv)
+        num_blocks = -(-(first + queries + layout.kv_len - layout.q_len) // layout.block_kv)
         means += queries * num_blocks
         dense += queries * min(layout.kv_len, num_blocks * layout.block_kv)
+    return means, dense
+
+
+def check_pays_for_means(density: float, layout: BlockLayout) -> None:
+    """One row for each block that is seen costs no more than the density.
+
+    What torch.compile traces must not depend on each length: there all blocks under a causal mask are taken for whole.
+    """
+    if not layout.is_causal:
+        means, dense = layout.num_kv_blocks, layout.kv_len
+    elif torch.compiler.is_compiling():
+        means, dense = 1, layout.block_kv
+    else:
+        means, dense = _causal_means(layout)
     if density * dense < means:
         raise ValueError(
             f"density must be at least {means / dense:.4g} with skip='mean', what a row for each block of "
