@@ -49,7 +49,9 @@ def density(levels: Tensor, layout: BlockLayout | None = None) -> Tensor:
     rows = torch.where(levels > 0, (keys + (1 << halvings) - 1) >> halvings, 0)
     executed = (rows.sum(dim=-1) * queries).sum(dim=-1)
     dense = ((visible * keys).sum(dim=-1) * queries).sum()
-    return (executed / dense).float()
+    return (
+        executed.double() / dense.double()
+    ).float()  # two whole numbers alone have the quotient of the default dtype
 
 
 def _sizes(length: int, block: int, num_blocks: int, device: torch.device) -> Tensor:
