@@ -14,6 +14,7 @@ from psa_kernels import checks as kernel_checks
 from psa_kernels.layout import existing_keys, max_levels
 from psa_masks import checks
 from psa_masks.constraints import coarsest_level
+from psa_masks.density import UNIFORM_BLOCK
 from psa_masks.levels import shares_of
 
 # Error of a block read at level 2, 3, .. over that of its mean: the root mean square over blocks of 64 in the attention
@@ -23,8 +24,6 @@ _ERRORS = (0.5, 0.7, 0.8, 0.9, 0.97, 0.98, 0.99, 0.995)
 # missing from the sum of weights, so that such errors add up where others cancel.
 _MEAN_OVER_DROPPED = 0.4
 
-# Without a layout every block counts alike; any power of two that all pools divide does for its length.
-_UNIFORM_BLOCK = 1 << 20
 _INFINITY_BITS = 0x7F800000  # a float32 that is not negative orders as its bits do
 
 
@@ -102,15 +101,15 @@ def levels_by_budget(
     scores = _scores(importance, layout)
     batch, heads = scores.shape[:2]
     rate = checks.share("density", density)
-    checks.choice("skip", skip, ("drop", "mean"))
-    checks.choice("share", share, ("head", "layer"))
+    kernel_checks.choice("skip", skip, ("drop", "mean"))
+    kernel_checks.choice("share", share, ("head", "layer"))
     row_full = checks.real("min_full", min_full, 0.0, 1.0)
     if layout is None and (skip == "mean" or kv_lengths is not None):
         what = "skip='mean'" if skip == "mean" else "kv_lengths"
         raise ValueError(f"layout must be given with {what}, as the work depends on its block_kv, got None")
     kernel_checks.lengths(kv_lengths, batch, scores.device)
     _check_full(full, scores)
-    block_kv = _UNIFORM_BLOCK if layout is None else layout.block_kv
+    block_kv = UNIFORM_BLOCK if layout is None else layout.block_kv
     rest = coarsest_level(block_kv) if skip == "mean" else 0
     steps = _steps(block_kv, num_levels, rest, errors)
     if layout is not None and skip == "mean":
@@ -208,7 +207,7 @@ def _steps(block_kv: int, num_levels: int, rest: int, errors: Sequence[float] | 
     checks.integer("num_levels", num_levels, 1)
     coarsest = min(max_levels(block_kv), checks.MAX_BOUNDS)
     if num_levels > coarsest:
-        of_blocks = "" if block_kv == _UNIFORM_BLOCK else f", as a block of block_kv {block_kv} has {coarsest}"
+        of_blocks = "" if block_kv == UNIFORM_BLOCK else f", as a block of block_kv {block_kv} has {coarsest}"
         raise ValueError(f"num_levels must be at most {coarsest}{of_blocks}, got {num_levels}")
     if errors is None:
         scale = 1.0 if rest else _MEAN_OVER_DROPPED
@@ -249,7 +248,7 @@ def _sizes(
     num_q_blocks, num_kv_blocks = scores.shape[2:]
     if layout is None:
         queries = torch.ones(num_q_blocks, 1, dtype=torch.int64, device=device)
-        keys = torch.full((1, 1, 1, num_kv_blocks), _UNIFORM_BLOCK, device=device)
+        keys = torch.full((1, 1, 1, num_kv_blocks), UNIFORM_BLOCK, device=device)
         seen = torch.ones(1, 1, num_q_blocks, num_kv_blocks, dtype=torch.bool, device=device)
         return queries, keys, seen, ~seen
     queries = layout.q_sizes(device)[:, None]

@@ -44,12 +44,6 @@ def boolean(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
-def choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
 def sequence(name: str, value: object) -> Sequence[object]:
     """``value`` if it is a list, a tuple or the like; a string is not one."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):

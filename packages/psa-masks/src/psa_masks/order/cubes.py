@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from psa_kernels import checks as kernel_checks
 from psa_masks import checks
 from psa_masks.grid import VideoGrid, check_grid
 from psa_masks.order.gilbert import gilbert_order
@@ -44,7 +45,7 @@ def cube_order(
     if len(sides) != 3:
         raise ValueError(f"cube must be (frames, height, width), got {cube!r}")
     frames, height, width = (checks.integer(f"cube[{i}]", side, 1) for i, side in enumerate(sides))
-    checks.choice("along", along, ("raster", "gilbert"))
+    kernel_checks.choice("along", along, ("raster", "gilbert"))
     # Longer sides mean the same, but need not fit into an int64.
     cut = min(frames, grid.frames), min(height, grid.height), min(width, grid.width)
     return _cube_order(grid, cut, along)
