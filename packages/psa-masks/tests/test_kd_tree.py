@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from psa_kernels import pyramid_attention
 from psa_kernels.testing import assert_within_error_budget, make_qkv
 from psa_masks import AttentionOrder, VideoGrid, gilbert_order, kd_tree_order
+from psa_masks.order.kd_tree import even_samples
 
 sides = st.integers(1, 6)
 grids = st.builds(
@@ -83,6 +84,16 @@ def test_pooled_levels_come_nearer_to_dense() -> None:
 
     order = kd_tree_order(query, key, block_kv=64)
     assert error(order.apply(key), order.apply(value)) < 0.3 * error(key, value)
+
+
+@pytest.mark.parametrize("length", [1, 7, 100, 4096, 8191, 12287])
+def test_samples_reach_the_end(length: int) -> None:
+    """But for the few that do not make up equal parts."""
+    key = torch.arange(length, dtype=torch.float32).view(1, 1, length, 1)
+    samples = even_samples(key).flatten()
+    step = -(-length // 4096)
+    assert torch.equal(samples, key.flatten()[::step][: len(samples)])
+    assert length - samples[-1] <= 8 * step
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

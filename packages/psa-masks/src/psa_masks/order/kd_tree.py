@@ -11,7 +11,7 @@ from psa_masks.order.head_order import HeadOrder
 from psa_masks.order.semantic import check_base
 from psa_masks.order.token_order import TokenOrder
 
-_SAMPLES = 4096  # of a head
+_SAMPLES = 4096  # of a head at most, and more than half as many where there are that many tokens
 _PARTS = 8
 _DIRECTIONS = 8
 
@@ -96,20 +96,19 @@ def sampled_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
     Either times a number of its own, which leading directions do not care about.
     """
-    queries = _samples(query).unflatten(1, (key.shape[1], -1))  # [B, H_kv, those that read a head of keys, ...]
-    keys = _samples(key)
+    queries = even_samples(query).unflatten(1, (key.shape[1], -1))  # [B, H_kv, those that read a head of keys, ...]
+    keys = even_samples(key)
     keys = keys - keys.mean((2, 3), keepdim=True)
     return (queries.mT @ queries).sum((2, 3)), (keys.mT @ keys).sum(2)
 
 
-def _samples(x: Tensor) -> Tensor:
+def even_samples(x: Tensor) -> Tensor:
     """float32 ``[B, H, parts, tokens, D]``, evenly from ``x`` ``[B, H, L, D]``.
 
     In parts, because the product of one long matrix with itself has too few tiles to keep a GPU busy.
     """
-    count = min(_SAMPLES, x.shape[2])
-    parts = _PARTS if count >= _PARTS else 1
-    count -= count % parts
-    step = x.shape[2] // count
-    samples: Tensor = x[:, :, : count * step : step].float().unflatten(2, (parts, -1))
+    sampled = x[:, :, :: -(-x.shape[2] // _SAMPLES)]  # to the end, whatever the length
+    parts = _PARTS if sampled.shape[2] >= _PARTS else 1
+    count = sampled.shape[2] // parts * parts
+    samples: Tensor = sampled[:, :, :count].float().unflatten(2, (parts, -1))
     return samples
