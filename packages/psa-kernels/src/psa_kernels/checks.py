@@ -11,7 +11,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 MAX_BLOCK = 256
 MAX_HEAD_DIM = 256
-"""Of the Triton implementations of attention and k-means: the widest rows that registers hold."""
+"""Of the Triton implementations of attention, k-means and leading directions: the widest rows that registers hold."""
 IMPLS = ("triton", "torch", "reference")
 AUTO = "auto"
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
