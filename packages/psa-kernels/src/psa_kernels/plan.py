@@ -73,8 +73,8 @@ class LevelPlan:
         Raises:
             TypeError: ``levels`` is not an int8 tensor.
             ValueError: its shape does not fit the layout, or, on the CPU, a value is outside
-                ``0..num_levels``. A map on a GPU, or traced by torch.compile, is not looked at: values outside
-                count as 0.
+                ``0..num_levels``. A map on a GPU, or traced by torch.compile, a FakeTensorMode or torch.func.vmap, is
+                not looked at: values outside count as 0.
         """
         check_levels(levels, layout)
         executed = layout.executed_levels(levels)
