@@ -393,6 +393,7 @@ DERIVATIVES = {
     "jvp": lambda operator, x: torch.func.jvp(operator, (x,), (x,)),
     "jvp of vmap": lambda operator, x: torch.func.jvp(torch.func.vmap(operator), (x[None],), (x[None],)),
     "grad": lambda operator, x: torch.func.grad(lambda x: operator(x).sum())(x),
+    "grad of vmap": lambda operator, x: torch.func.grad(lambda x: torch.func.vmap(operator)(x).sum())(x[None]),
 }
 
 
@@ -403,6 +404,22 @@ def test_other_derivatives_are_refused(name, derivative):
     query, _, _ = make_qkv(q_len=64, head_dim=16)
     with pytest.raises((NotImplementedError, ValueError), match=f"^{name} has"):
         DERIVATIVES[derivative](OPERATORS[name], query)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_constants_inside_of_other_derivatives_are_not(name):
+    query, _, _ = make_qkv(q_len=64, head_dim=16)
+    operator, expected = OPERATORS[name], OPERATORS[name](query)
+
+    def of_constants(x):
+        with torch.no_grad():
+            unseen = operator(x + 0)
+        return (x * x).sum(), (unseen, operator(x.detach()))
+
+    gradient, (unseen, detached) = torch.func.grad(of_constants, has_aux=True)(query)
+    assert torch.equal(gradient, 2 * query)
+    assert torch.equal(unseen, expected)
+    assert torch.equal(detached, expected)
 
 
 def test_the_oracle_has_derivatives_in_forward_mode():

@@ -204,11 +204,13 @@ def has_values(x: Tensor) -> bool:
 
 
 def _wants_other_derivative(x: Tensor) -> bool:
-    """Whether a derivative of ``x`` is taken in forward mode or by torch.func, as far as can be seen."""
+    """Whether a derivative with respect to ``x`` is taken in forward mode or by torch.func, as far as can be seen."""
     if torch.compiler.is_compiling():
         return False
+    # torch has no public name for what its transforms wrap a tensor in. A sample of torch.func.vmap tells nothing.
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_gradtrackingtensor(x):
+        is_tracked = torch._C._functorch.is_gradtrackingtensor(x)
+        if is_tracked and ((torch.is_grad_enabled() and x.requires_grad) or unpack_dual(x).tangent is not None):
             return True
         x = torch._C._functorch.get_unwrapped(x)
     return unpack_dual(x).tangent is not None
