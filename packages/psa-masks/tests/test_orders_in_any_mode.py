@@ -66,3 +66,10 @@ def test_an_order_of_what_has_no_values():
     x = torch.empty(1, 2, 32, 8, device="meta")
     assert kd_tree_order(x, x, block_kv=8).apply(x).shape == x.shape
     assert semantic_order(x, 3).undo(x).shape == x.shape
+
+
+@pytest.mark.parametrize("make", [lambda x: kd_tree_order(x, x, block_kv=8), lambda x: semantic_order(x, 3)])
+def test_vmap_orders_each_sample(make):
+    x = torch.randn(2, 1, 2, 20, 8, generator=torch.Generator().manual_seed(0))
+    mapped = torch.func.vmap(lambda sample: make(sample).apply(sample))(x)
+    assert torch.equal(mapped, torch.stack([make(sample).apply(sample) for sample in x]))

@@ -86,9 +86,8 @@ def kd_tree_order(
         places = (key @ directions.to(key.dtype)).index_select(2, inside)  # what moves is the smaller
         within = kd_tree(places.unflatten(2, (-1, block_kv)), impl=impl)  # [B, H_kv, blocks, block_kv]
     moved = within + torch.arange(0, last - first, block_kv, device=key.device)[:, None]
-    whole = order.repeat(batch, heads, 1)
-    whole[:, :, first:last] = inside[moved.flatten(2)]
-    return HeadOrder(whole)
+    before, after = (part.expand(batch, heads, -1) for part in (order[:first], order[last:]))
+    return HeadOrder(torch.cat([before, inside[moved.flatten(2)], after], dim=2))
 
 
 def sampled_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,9 +83,9 @@ def semantic_order(
     else:
         tokens = base.index(x.device)[start:stop] - start
         video = tokens[_stable_argsort(places.index_select(2, tokens), num_clusters)]
-    order = torch.arange(length, device=x.device).repeat(*x.shape[:2], 1)
-    order[:, :, start:stop] = video + start
-    return SemanticOrder(order, clusters.centroids)
+    token = torch.arange(length, device=x.device)
+    before, after = (part.expand(*x.shape[:2], -1) for part in (token[:start], token[stop:]))
+    return SemanticOrder(torch.cat([before, video + start, after], dim=2), clusters.centroids)
 
 
 def path_through(centroids: Tensor) -> Tensor:
