@@ -11,7 +11,7 @@ HOPPER = "psa_kernels.pyramid_attention.hopper_fwd"
 
 
 def test_the_cpu_has_plain_torch():
-    assert attention_kernels(torch.device("cpu")) == AttentionKernels(("torch_impl",))
+    assert attention_kernels(torch.device("cpu")) == attention_kernels("cpu") == AttentionKernels(("torch_impl",))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Wrong arguments are named, with the rule and what came."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -191,11 +192,30 @@ PLAN = LevelPlan.from_levels(LEVELS, BlockLayout(40, 40, **ATTENTION))
         (ValueError, "impl must be one of 'triton'", lambda: permute_tokens(K, ORDER, impl="numpy")),
         (ValueError, "q_len must be at least 1, got 0", lambda: BlockLayout(0, 4)),
         (TypeError, "kv_len must be an integer", lambda: BlockLayout(4, 4.0)),
+        (TypeError, "levels must be an int8 tensor, got list", lambda: PLAN.layout.executed_levels([[1]])),
+        (ValueError, r"levels must have shape \[..., 2, 2\] with BlockLayout.*, got \[1, 2, 2, 1\]",
+            lambda: PLAN.layout.executed_levels(LEVELS[..., :1])),
+        (TypeError, "indices must be an int32 tensor, got NoneType", lambda: change_plan(indices=None)),
+        (TypeError, "indices must be an int32 tensor, got torch.int64",
+            lambda: change_plan(indices=PLAN.indices.long())),
+        (ValueError, r"indices must have shape \[B, H, 2, 2\] with .*, got \[1, 2, 2, 1\]",
+            lambda: change_plan(indices=PLAN.indices[..., :1])),
+        (ValueError, r"offsets must have shape \[B, H, 2, 7\] with .*, got \[1, 2, 2, 3\]",
+            lambda: change_plan(offsets=PLAN.offsets[..., :3])),
+        (ValueError, r"offsets must have indices' batch and heads \[1, 2\], got \[1, 1\]",
+            lambda: change_plan(offsets=PLAN.offsets[:, :1])),
+        (ValueError, "offsets must be on indices' device cpu, got meta",
+            lambda: change_plan(offsets=PLAN.offsets.to("meta"))),
+        (TypeError, "layout must be a BlockLayout, got int", lambda: change_plan(layout=3)),
     ],
 )  # fmt: skip
 def test_message(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def change_plan(**fields):
+    return dataclasses.replace(PLAN, **fields)
 
 
 def attend(query=Q, key=K, value=V, levels=LEVELS, **options):

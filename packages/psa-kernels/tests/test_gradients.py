@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad, gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from psa_kernels import BlockLayout, LevelPlan, pyramid_attention
+from psa_kernels import BlockLayout, LevelPlan, permute_tokens, pool_pyramid, pyramid_attention
 from psa_kernels.testing import VIEWS, assert_within_error_budget, make_qkv, random_levels
 
 
@@ -371,3 +372,61 @@ def test_registration():
     out, lse = torch.ops.psa_kernels.pyramid_attention(query, key, value, *options)
     arguments = (torch.ones_like(out), None, query, key, value, out, lse, *options)
     torch.library.opcheck(torch.ops.psa_kernels.pyramid_attention_backward.default, arguments)
+
+
+OPERATORS = {
+    "pyramid_attention": lambda x: pyramid_attention(
+        x, x, x, torch.ones(1, 2, 2, 2, dtype=torch.int8), block_q=32, block_kv=32
+    ),
+    "permute_tokens": lambda x: permute_tokens(x, torch.arange(64).flip(0).expand(1, 2, 64)),
+    "pool_pyramid": lambda x: pool_pyramid(x, block_kv=32, num_levels=2).pooled,
+}
+
+
+def _dual_numbers(operator, x):
+    with forward_ad.dual_level():
+        operator(forward_ad.make_dual(x, x))
+
+
+DERIVATIVES = {
+    "dual numbers": _dual_numbers,
+    "jvp": lambda operator, x: torch.func.jvp(operator, (x,), (x,)),
+    "jvp of vmap": lambda operator, x: torch.func.jvp(torch.func.vmap(operator), (x[None],), (x[None],)),
+    "grad": lambda operator, x: torch.func.grad(lambda x: operator(x).sum())(x),
+    "grad of vmap": lambda operator, x: torch.func.grad(lambda x: torch.func.vmap(operator)(x).sum())(x[None]),
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_other_derivatives_are_refused(name, derivative):
+    """Not given as 0, as torch does in forward mode for an operator that has none."""
+    query, _, _ = make_qkv(q_len=64, head_dim=16)
+    with pytest.raises((NotImplementedError, ValueError), match=f"^{name} has"):
+        DERIVATIVES[derivative](OPERATORS[name], query)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_constants_inside_of_other_derivatives_are_not(name):
+    query, _, _ = make_qkv(q_len=64, head_dim=16)
+    operator, expected = OPERATORS[name], OPERATORS[name](query)
+
+    def of_constants(x):
+        with torch.no_grad():
+            unseen = operator(x + 0)
+        return (x * x).sum(), (unseen, operator(x.detach()))
+
+    gradient, (unseen, detached) = torch.func.grad(of_constants, has_aux=True)(query)
+    assert torch.equal(gradient, 2 * query)
+    assert torch.equal(unseen, expected)
+    assert torch.equal(detached, expected)
+
+
+def test_the_oracle_has_derivatives_in_forward_mode():
+    query, key, value = make_qkv(heads=1, q_len=3, head_dim=2, dtype=torch.float64)
+    levels = torch.tensor([[[[1, 2], [2, 0]]]], dtype=torch.int8)
+
+    def attend(query):
+        return pyramid_attention(query, key, value, levels, block_q=2, block_kv=2, impl="reference")
+
+    assert gradcheck(attend, query.requires_grad_(), check_forward_ad=True)

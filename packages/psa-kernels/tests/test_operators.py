@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from psa_kernels import (
     BlockLayout,
@@ -157,3 +158,26 @@ def test_unnamed_implementation_on_a_gpu():
         out = pyramid_attention(query, key, value, levels, **blocks)
     assert out.shape == query.shape
     assert out.device.type == "cuda"
+
+
+def test_a_traced_map_has_no_values_to_check():
+    """In a FakeTensorMode, and under torch.func.vmap, which does not show those of a sample."""
+    query, key, value = make_qkv(q_len=64, head_dim=16)
+    levels = torch.tensor([[[[1, 2], [0, 6]]]], dtype=torch.int8).expand(1, 2, 2, 2)
+
+    def attend(query, key, value, levels):
+        return pyramid_attention(query, key, value, levels, block_q=32, block_kv=32)
+
+    with FakeTensorMode() as mode:
+        fake = attend(*(mode.from_tensor(x) for x in (query, key, value, levels)))
+    assert fake.shape == query.shape
+    mapped = torch.func.vmap(attend)(*(torch.stack([x, x]) for x in (query, key, value, levels)))
+    assert torch.equal(mapped[1], attend(query, key, value, levels))
+
+
+@pytest.mark.parametrize("impl", [None, "torch", "triton", "reference"])
+def test_meta_tensors_have_shapes_from_every_implementation(impl):
+    query, key, value = (x.to("meta") for x in make_qkv(q_len=64, head_dim=16))
+    levels = torch.ones(1, 2, 2, 2, dtype=torch.int8, device="meta")
+    out, lse = pyramid_attention(query, key, value, levels, block_q=32, block_kv=32, return_lse=True, impl=impl)
+    assert (out.shape, lse.shape) == (query.shape, query.shape[:3])

@@ -1,5 +1,6 @@
 """The sparse format: round trip, density by counting, the causal rule."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,3 +87,11 @@ def test_repr_says_what_it_is():
     plan = LevelPlan.from_levels(torch.ones(1, 2, 1, 3, dtype=torch.int8), BlockLayout(10, 300))
     expected = "LevelPlan(batch=1, heads=2, q_blocks=1, kv_blocks=3, num_levels=8, device='cpu')"
     assert repr(plan) == expected
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_a_map_without_heads_is_an_empty_plan(impl):
+    layout = BlockLayout(40, 70, block_q=32, block_kv=32)
+    plan = LevelPlan.from_levels(torch.ones(2, 0, 2, 3, dtype=torch.int8), layout, impl=impl)
+    assert plan.to_levels().shape == (2, 0, 2, 3)
+    assert plan.density().shape == (2, 0)

@@ -148,3 +148,9 @@ def test_any_strides(backend):
 def test_nothing_flows_back():
     scores = torch.rand(3, 8, requires_grad=True)
     assert not share_levels(scores, [0.5]).requires_grad
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_scores_past_the_range_of_float32(impl):
+    scores = torch.tensor([1e300, 1.0, 1e39], dtype=torch.float64)
+    assert share_levels(scores, [0.4], impl=impl).tolist() == [1, 0, 0]

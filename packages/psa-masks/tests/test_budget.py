@@ -1,6 +1,8 @@
 """Maps that spend a density: what they cost, that no map does better for it, and what they keep."""
 
+import math
 from fractions import Fraction
+from functools import partial
 from itertools import product
 
 import pytest
@@ -8,9 +10,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from psa_kernels import BlockLayout
 from psa_masks import density, levels_by_budget
+from psa_masks.budget import check_pays_for_means
 
 seeds = st.integers(0, 2**32)
 percents = st.integers(1, 100)
@@ -252,6 +256,41 @@ def test_a_scale_of_the_scores_changes_nothing() -> None:
         assert torch.equal(levels_by_budget(importance * scale, 0.3), expected)
 
 
+@pytest.mark.parametrize("share", ["head", "layer"])
+def test_scores_that_are_no_numbers_are_the_highest(share: str) -> None:
+    """On a GPU they would end in reads outside of memory: nobody looks whether there are any."""
+    importance = torch.rand(2, 2, 4, 5)
+    highest = importance.clone()
+    highest[0, 0, 1] = 2.0
+    for value in (math.inf, math.nan, 1e300):
+        odd = highest.double() if value == 1e300 else highest.clone()
+        odd[0, 0, 1] = value
+        assert torch.equal(levels_by_budget(odd, 0.5, share=share)[0, 0, 1], torch.ones(5, dtype=torch.int8))
+        everywhere = torch.full_like(odd, value)
+        assert torch.equal(levels_by_budget(everywhere, 0.5), levels_by_budget(torch.ones_like(odd), 0.5))
+
+
+@pytest.mark.parametrize("share", ["head", "layer"])
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0)])
+def test_no_samples_or_no_heads_give_an_empty_map(shape: tuple[int, int], share: str) -> None:
+    assert levels_by_budget(torch.rand(*shape, 4, 4), 0.3, share=share).shape == (*shape, 4, 4)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_new_length_to_check_compiles_nothing(is_causal: bool) -> None:
+    counter = CompileCounterWithBackend("eager")
+
+    @partial(torch.compile, fullgraph=True, dynamic=True, backend=counter)
+    def checked(x: Tensor) -> Tensor:
+        layout = BlockLayout(len(x), len(x), block_q=8, block_kv=8, is_causal=is_causal)
+        check_pays_for_means(0.4, layout)
+        return x + 1
+
+    for length in (27, 45):
+        checked(torch.zeros(length))
+    assert counter.frame_count == 1
+
+
 LAYOUT = BlockLayout(32, 32, block_q=8, block_kv=8)
 
 
@@ -260,6 +299,7 @@ LAYOUT = BlockLayout(32, 32, block_q=8, block_kv=8)
     [
         ({"density": 0.0}, ValueError, r"density must be in \(0, 1\], got 0.0"),
         ({"density": 1.5}, ValueError, r"density must be in \(0, 1\], got 1.5"),
+        ({"density": math.nan}, ValueError, r"density must be in \(0, 1\], got nan"),
         ({"density": "0.5"}, TypeError, r"density must be a number, got '0.5'"),
         ({"density": 0.12, "skip": "mean"}, ValueError, r"density must be at least 0.125 with skip.* got 0.12"),
         ({"skip": "mean", "layout": None}, ValueError, r"layout must be given with skip='mean'.* got None"),
@@ -267,12 +307,15 @@ LAYOUT = BlockLayout(32, 32, block_q=8, block_kv=8)
         ({"share": "row"}, ValueError, r"share must be one of 'head', 'layer', got 'row'"),
         ({"num_levels": 0}, ValueError, r"num_levels must be at least 1, got 0"),
         ({"num_levels": 5}, ValueError, r"num_levels must be at most 4, .*block_kv 8 has 4, got 5"),
+        ({"num_levels": 10, "layout": None}, ValueError, r"num_levels must be at most 9, got 10"),
         ({"errors": (0.5, 0.6)}, ValueError, r"errors must be of levels 2..num_levels, 3 numbers, got 2"),
         ({"errors": (0.5, 0.4, 0.6)}, ValueError, r"errors must not decrease"),
         ({"errors": (0.0, 0.4, 0.6)}, ValueError, r"errors\[0\] must be in \(0, 1\], got 0.0"),
         ({"min_full": -1}, ValueError, r"min_full must be in \[0, 1\], got -1"),
         ({"full": torch.ones(3, 4)}, TypeError, r"full must be a bool tensor, got torch.float32"),
         ({"full": torch.ones(3, 4, dtype=torch.bool)}, ValueError, r"full must broadcast .*4, 4\], got \[3, 4\]"),
+        ({"full": torch.ones(4, 4, dtype=torch.bool, device="meta")}, ValueError,
+            r"full must be on importance's device cpu, got meta"),
         ({"layout": BlockLayout(32, 40, block_q=8, block_kv=8)}, ValueError, r"importance must have the layout's"),
         ({"layout": 8}, TypeError, r"layout must be a psa_kernels.BlockLayout, got int"),
         ({"layout": None, "kv_lengths": torch.tensor([5])}, ValueError, r"layout must be given with kv_lengths"),

@@ -65,6 +65,7 @@ def test_cap_threshold_of_minus_one_passes_whatever_the_similarity() -> None:
         (torch.zeros(1, 3, 5, 3), [0.1], r"similarity's heads must divide levels' 2 heads, got 3"),
         (torch.zeros(1, 2, 5, 3), [1.5], r"thresholds\[0\] must be in \[-1, 1\], got 1.5"),
         (torch.zeros(1, 2, 5, 3), [], r"thresholds must hold at least one number"),
+        (torch.zeros(1, 2, 5, 3, device="meta"), [0.1], r"similarity must be on levels' device cpu, got meta"),
     ],
 )
 def test_cap_refuses(similarity: Tensor, thresholds: list[float], message: str) -> None:
@@ -152,6 +153,12 @@ def test_skip_to_mean_gives_skipped_blocks_one_row(block_kv: int, coarsest: int)
     assert levels.tolist() == [[[[0, 1, 0, 1]]]]
 
 
-def test_skip_to_mean_refuses_a_block_that_is_no_power_of_two() -> None:
-    with pytest.raises(ValueError, match=r"block_kv must be a power of two, got 96"):
-        skip_to_mean(torch.zeros(1, 1, 1, 1, dtype=torch.int8), 96)
+@pytest.mark.parametrize("block_kv", [96, 512])
+def test_skip_to_mean_refuses_a_block_that_is_none(block_kv: int) -> None:
+    with pytest.raises(ValueError, match=rf"block_kv must be a power of two of at most 256, got {block_kv}"):
+        skip_to_mean(torch.zeros(1, 1, 1, 1, dtype=torch.int8), block_kv)
+
+
+def test_skip_to_mean_refuses_levels_that_the_block_has_not() -> None:
+    with pytest.raises(ValueError, match=r"levels must lie in 0..num_levels = 4, got values from 5 to 5"):
+        skip_to_mean(torch.full((1, 1, 1, 1), 5, dtype=torch.int8), 8)

@@ -26,9 +26,14 @@ def test_agrees_with_the_plan(layout: BlockLayout, seed: int) -> None:
     levels = random_levels(layout, batch=2, heads=3, seed=seed)
     ours, plans = density(levels, layout), LevelPlan.from_levels(levels, layout).density()
     assert ours.dtype == torch.float32
-    # Both divide the same two whole numbers, each division rounded once.
-    assert ((ours - plans).abs() <= torch.finfo(torch.float32).eps * plans).all()
+    assert torch.equal(ours, plans)
     assert ((ours >= 0) & (ours <= 1)).all()
+
+
+def test_agrees_with_the_plan_where_work_passes_24_bits() -> None:
+    layout = BlockLayout(69121, 69119)
+    levels = random_levels(layout, heads=8, seed=1)
+    assert torch.equal(density(levels, layout), LevelPlan.from_levels(levels, layout).density())
 
 
 @given(layout=layouts(may_be_causal=False), seed=st.integers(0, 2**32))
@@ -78,3 +83,5 @@ def test_refuses_what_is_no_level_map() -> None:
         density(torch.ones(1, 1, 2, 2, dtype=torch.int8), BlockLayout(16, 20, block_q=8, block_kv=8))
     with pytest.raises(TypeError, match=r"levels must be a torch.Tensor, got list"):
         density([[[[1]]]])
+    with pytest.raises(TypeError, match=r"layout must be a psa_kernels.BlockLayout, got int"):
+        density(torch.ones(1, 1, 2, 2, dtype=torch.int8), 8)

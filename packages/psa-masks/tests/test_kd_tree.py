@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from psa_kernels import pyramid_attention
 from psa_kernels.testing import assert_within_error_budget, make_qkv
 from psa_masks import AttentionOrder, VideoGrid, gilbert_order, kd_tree_order
+from psa_masks.order.kd_tree import even_samples
 
 sides = st.integers(1, 6)
 grids = st.builds(
@@ -85,6 +86,16 @@ def test_pooled_levels_come_nearer_to_dense() -> None:
     assert error(order.apply(key), order.apply(value)) < 0.3 * error(key, value)
 
 
+@pytest.mark.parametrize("length", [1, 7, 100, 4096, 8191, 12287])
+def test_samples_reach_the_end(length: int) -> None:
+    """But for the few that do not make up equal parts."""
+    key = torch.arange(length, dtype=torch.float32).view(1, 1, length, 1)
+    samples = even_samples(key).flatten()
+    step = -(-length // 4096)
+    assert torch.equal(samples, key.flatten()[::step][: len(samples)])
+    assert length - samples[-1] <= 8 * step
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_numbers_at_the_ends_of_a_dtype_are_still_ordered(dtype: torch.dtype) -> None:
     query, key, _ = inputs(128)
@@ -100,7 +111,8 @@ def test_numbers_at_the_ends_of_a_dtype_are_still_ordered(dtype: torch.dtype) ->
         ({"num_directions": 0}, "num_directions must be 1 to the head_dim 16, got 0"),
         ({"num_directions": 17}, "num_directions must be 1 to the head_dim 16, got 17"),
         ({"grid": VideoGrid(frames=1, height=1, width=1)}, "grid must have the 64 tokens of key, got 1"),
-        ({"base": gilbert_order(VideoGrid(frames=1, height=1, width=1))}, "base must have the 64 tokens"),
+        ({"base": gilbert_order(VideoGrid(frames=1, height=1, width=1))}, "base must have the 64 tokens of key"),
+        ({"query": torch.zeros(2, 4, 64, 16, device="meta")}, "query must be on key's device cpu, got meta"),
         ({"query": torch.zeros(2, 3, 64, 16)}, r"query must have the batch and head_dim of key \[2, 2, 64, 16\]"),
     ],
     ids=str,

@@ -78,3 +78,11 @@ def test_a_png_holds_the_picture() -> None:
 def test_what_is_no_map_or_picture_is_refused(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_pictures_lie_on_the_cpu_whatever_the_default_device() -> None:
+    levels = torch.tensor([[1, 0], [2, 3]], dtype=torch.int8)
+    with torch.device("meta"):
+        image = level_image(levels)
+        png = encode_png(image)
+    assert torch.equal(decode_png(png), level_image(levels))

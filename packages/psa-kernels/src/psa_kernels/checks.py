@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.forward_ad import unpack_dual
 
 MAX_BLOCK = 256
 MAX_HEAD_DIM = 256
-"""Of the Triton implementations of attention and k-means: the widest rows that registers hold."""
+"""Of the Triton implementations of attention, k-means and leading directions: the widest rows that registers hold."""
 IMPLS = ("triton", "torch", "reference")
 AUTO = "auto"
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
@@ -191,9 +193,48 @@ def lengths(kv_lengths: Tensor | None, batch: int, device: torch.device) -> None
         raise ValueError(f"kv_lengths must be on query's device {device}, got {kv_lengths.device}")
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether the values of ``x`` may be looked at: they lie on the CPU, so that nobody waits for a GPU, and are there.
+
+    What torch.compile or a FakeTensorMode traces has none, and torch.func.vmap does not show those of a sample.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not isinstance(x, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _wants_other_derivative(x: Tensor) -> bool:
+    """Whether a derivative with respect to ``x`` is taken in forward mode or by torch.func, as far as can be seen."""
+    if torch.compiler.is_compiling():
+        return False
+    # torch has no public name for what its transforms wrap a tensor in. A sample of torch.func.vmap tells nothing.
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        is_tracked = torch._C._functorch.is_gradtrackingtensor(x)
+        if is_tracked and ((torch.is_grad_enabled() and x.requires_grad) or unpack_dual(x).tangent is not None):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return unpack_dual(x).tangent is not None
+
+
+def backward_mode_alone(what: str, instead: str, *tensors: Tensor) -> None:
+    """A derivative of the operator that only its backward pass has is refused where it is asked for otherwise: torch
+    would take it for 0 in forward mode, in silence, and fail in torch.func with words about its own classes.
+
+    Args:
+        what: the operator.
+        instead: what can, to end the message with.
+    """
+    if any(_wants_other_derivative(t) for t in tensors):
+        raise NotImplementedError(
+            f"{what} has derivatives by backward() and torch.autograd.grad alone, none in forward mode or by "
+            f"torch.func's transforms{instead}"
+        )
+
+
 def no_grad_needed(what: str, *tensors: Tensor) -> None:
     """The operator has no backward pass, so a tensor that wants one is refused rather than cut off in silence."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    wants_backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if wants_backward or any(_wants_other_derivative(t) for t in tensors):
         raise ValueError(
             f"{what} has no backward pass: call it under torch.no_grad(), or pass tensors that do not require grad"
         )
@@ -216,8 +257,8 @@ def scale(value: float | None, head_dim: int) -> float:
 
 
 def level_values(levels: Tensor, num_levels: int) -> None:
-    """A map on the CPU lies in ``0..num_levels``. Nobody waits for a GPU map, and a traced one has no values."""
-    if levels.device.type != "cpu" or torch.compiler.is_compiling():
+    """A map on the CPU lies in ``0..num_levels``; see :func:`has_values` for those that nobody looks at."""
+    if not has_values(levels):
         return
     if not ((levels >= 0) & (levels <= num_levels)).all():
         raise ValueError(

@@ -106,7 +106,18 @@ class BlockLayout:
 
         Args:
             levels: int8 ``[..., num_q_blocks, num_kv_blocks]``.
+
+        Raises:
+            TypeError, ValueError: ``levels`` is something else.
         """
+        if not isinstance(levels, Tensor) or levels.dtype != torch.int8:
+            kind = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
+            raise TypeError(f"levels must be an int8 tensor, got {kind}")
+        if levels.dim() < 2 or levels.shape[-2] != self.num_q_blocks or levels.shape[-1] != self.num_kv_blocks:
+            raise ValueError(
+                f"levels must have shape [..., {self.num_q_blocks}, {self.num_kv_blocks}] with {self}, "
+                f"got {list(levels.shape)}"
+            )
         if not self.is_causal:
             return levels
         shift = self.kv_len - self.q_len
@@ -119,7 +130,7 @@ class BlockLayout:
         levels = torch.where(crossing, levels.clamp(max=1), levels)
         return levels.masked_fill(future, 0)
 
-    def visible(self, device: torch.device) -> Tensor:
+    def visible(self, device: torch.device | str = "cpu") -> Tensor:
         """bool ``[num_q_blocks, num_kv_blocks]``: the block pairs that dense attention computes."""
         full = torch.ones(self.num_q_blocks, self.num_kv_blocks, dtype=torch.int8, device=device)
         return self.executed_levels(full) > 0

@@ -28,11 +28,38 @@ class LevelPlan:
         indices: int32 ``[B, H, num_q_blocks, num_kv_blocks]``.
         offsets: int32 ``[B, H, num_q_blocks, num_levels + 1]``.
         layout: lengths, block sizes and level count.
+
+    Raises:
+        TypeError, ValueError: a tensor is not int32, not of the layout's shape, or on another device than the other.
+            Nobody waits for their values.
     """
 
     indices: Tensor
     offsets: Tensor
     layout: BlockLayout
+
+    def __post_init__(self) -> None:
+        check_layout(self.layout)
+        layout = self.layout
+        for name, x, last in (
+            ("indices", self.indices, layout.num_kv_blocks),
+            ("offsets", self.offsets, layout.num_levels + 1),
+        ):
+            if not isinstance(x, Tensor) or x.dtype != torch.int32:
+                kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"{name} must be an int32 tensor, got {kind}")
+            checks.strided(name, x)
+            if x.dim() != 4 or x.shape[2] != layout.num_q_blocks or x.shape[3] != last:
+                raise ValueError(
+                    f"{name} must have shape [B, H, {layout.num_q_blocks}, {last}] with {layout}, got {list(x.shape)}"
+                )
+        if self.offsets.shape[:2] != self.indices.shape[:2]:
+            raise ValueError(
+                f"offsets must have indices' batch and heads {list(self.indices.shape[:2])}, "
+                f"got {list(self.offsets.shape[:2])}"
+            )
+        if self.offsets.device != self.indices.device:
+            raise ValueError(f"offsets must be on indices' device {self.indices.device}, got {self.offsets.device}")
 
     @classmethod
     def from_levels(cls, levels: Tensor, layout: BlockLayout, *, impl: str | None = None) -> "LevelPlan":
@@ -46,8 +73,8 @@ class LevelPlan:
         Raises:
             TypeError: ``levels`` is not an int8 tensor.
             ValueError: its shape does not fit the layout, or, on the CPU, a value is outside
-                ``0..num_levels``. A map on a GPU, or traced by torch.compile, is not looked at: values outside
-                count as 0.
+                ``0..num_levels``. A map on a GPU, or traced by torch.compile, a FakeTensorMode or torch.func.vmap, is
+                not looked at: values outside count as 0.
         """
         check_levels(levels, layout)
         executed = layout.executed_levels(levels)
@@ -93,10 +120,15 @@ class LevelPlan:
         )
 
 
-def check_levels(levels: Tensor, layout: BlockLayout) -> None:
-    """``levels`` is an int8 map whose last two dimensions, and on the CPU whose values, fit ``layout``."""
+def check_layout(layout: object) -> None:
+    """``layout`` is a BlockLayout."""
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
+
+
+def check_levels(levels: Tensor, layout: BlockLayout) -> None:
+    """``levels`` is an int8 map whose last two dimensions, and on the CPU whose values, fit ``layout``."""
+    check_layout(layout)
     if not isinstance(levels, Tensor):
         raise TypeError(f"levels must be an int8 tensor or a LevelPlan, got {type(levels).__name__}")
     checks.strided("levels", levels)

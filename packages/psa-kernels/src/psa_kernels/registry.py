@@ -8,6 +8,7 @@ runs: importing the package needs neither Triton nor a GPU.
 import functools
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ def implementation(package: str, impl: str, direction: str = "forward") -> Calla
     module = importlib.import_module(f"{package}.{_MODULES[direction][impl]}")
     function: Callable[..., Any] = getattr(module, direction)
     return function
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which precision is what the code says, whatever surrounds the call. Devices that have no autocast,
+    such as meta, refuse to switch it off."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def register(
@@ -52,7 +61,7 @@ def register(
         # Precision is the implementation's own affair: statistics are float32 whatever surrounds the call.
         x, asked = args[0], args[-1]
         impl = checks.impl_for_dtype(checks.impl_to_run(asked, x.device), asked != checks.AUTO, first, x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return implementation(package, impl, direction)(*args[:-1])
 
     def run_fake(*args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from psa_kernels import BlockLayout, rank_levels
 from psa_kernels import checks as kernel_checks
-from psa_kernels.layout import existing_keys
+from psa_kernels.layout import existing_keys, max_levels
 from psa_masks import checks
 from psa_masks.constraints import coarsest_level
+from psa_masks.density import UNIFORM_BLOCK
 from psa_masks.levels import shares_of
 
 # Error of a block read at level 2, 3, .. over that of its mean: the root mean square over blocks of 64 in the attention
@@ -22,8 +24,6 @@ _ERRORS = (0.5, 0.7, 0.8, 0.9, 0.97, 0.98, 0.99, 0.995)
 # missing from the sum of weights, so that such errors add up where others cancel.
 _MEAN_OVER_DROPPED = 0.4
 
-# Without a layout every block counts alike; any power of two that all pools divide does for its length.
-_UNIFORM_BLOCK = 1 << 20
 _INFINITY_BITS = 0x7F800000  # a float32 that is not negative orders as its bits do
 
 
@@ -69,9 +69,10 @@ def levels_by_budget(
     more, what is left of the budget is less than the work of one block pair. Up to the rounding of a float (2^-50).
 
     Args:
-        importance: floating point ``[B, H, num_q_blocks, num_kv_blocks]``, finite and not negative (not checked: that
-            would wait for the device), read in float32. A score for each key of the block, as ``block_importance``
-            gives: a short block is ranked as a whole one of its score, and costs what it costs.
+        importance: floating point ``[B, H, num_q_blocks, num_kv_blocks]``, not negative (not checked: that would wait
+            for the device), read in float32. NaN and infinity count as its largest number. A score for each key of the
+            block, as ``block_importance`` gives: a short block is ranked as a whole one of its score, and costs what it
+            costs.
         density: executed over dense work, in (0, 1]; with ``skip="mean"`` at least what the means cost.
         num_levels: levels 1..num_levels are chosen from, 1 to 9.
         skip: what becomes of the other blocks: ``"drop"`` leaves them out, ``"mean"`` reads each as one row, at level
@@ -100,19 +101,19 @@ def levels_by_budget(
     scores = _scores(importance, layout)
     batch, heads = scores.shape[:2]
     rate = checks.share("density", density)
-    checks.choice("skip", skip, ("drop", "mean"))
-    checks.choice("share", share, ("head", "layer"))
+    kernel_checks.choice("skip", skip, ("drop", "mean"))
+    kernel_checks.choice("share", share, ("head", "layer"))
     row_full = checks.real("min_full", min_full, 0.0, 1.0)
     if layout is None and (skip == "mean" or kv_lengths is not None):
         what = "skip='mean'" if skip == "mean" else "kv_lengths"
         raise ValueError(f"layout must be given with {what}, as the work depends on its block_kv, got None")
     kernel_checks.lengths(kv_lengths, batch, scores.device)
     _check_full(full, scores)
-    block_kv = _UNIFORM_BLOCK if layout is None else layout.block_kv
+    block_kv = UNIFORM_BLOCK if layout is None else layout.block_kv
     rest = coarsest_level(block_kv) if skip == "mean" else 0
     steps = _steps(block_kv, num_levels, rest, errors)
     if layout is not None and skip == "mean":
-        _check_pays_for_means(rate, layout)
+        check_pays_for_means(rate, layout)
 
     queries, keys, seen, crossing = _sizes(scores, layout, kv_lengths)
     ranked = scores.masked_fill(~seen, -1.0)
@@ -128,14 +129,15 @@ def levels_by_budget(
     if share == "layer":
         dense, least = dense * heads, least.sum(-1, keepdim=True)
     budget = ((dense.double() * (rate * (1 + 2**-50))).floor().long() - least).clamp(min=0)
-    rows = budget.numel()  # heads of all samples, or samples
+    # Heads of all samples, or samples; the pairs of either.
+    sizes = (budget.numel(), scores.shape[1:].numel() if share == "layer" else scores.shape[2:].numel())
 
     is_short = keys < block_kv
-    work = [_Work(torch.where(free & ~is_short, queries, 0).view(rows, -1), torch.full_like(budget, block_kv))]
+    work = [_Work(torch.where(free & ~is_short, queries, 0).view(sizes), torch.full_like(budget, block_kv))]
     if kv_lengths is not None or (layout is not None and layout.kv_len % block_kv):
         short_keys = torch.where(is_short, keys, 0).amax((-2, -1)).expand_as(budget)
-        work.append(_Work(torch.where(free & is_short, queries, 0).view(rows, -1), short_keys))
-    levels = _spend(ranked.view(rows, -1), work, steps, rest, budget.view(rows, 1))
+        work.append(_Work(torch.where(free & is_short, queries, 0).view(sizes), short_keys))
+    levels = _spend(ranked.view(sizes), work, steps, rest, budget.view(-1, 1))
     return levels.view_as(scores).masked_fill(forced, 1).masked_fill(~seen, 0)
 
 
@@ -202,13 +204,11 @@ def _spend(scores: Tensor, work: list[_Work], steps: list[_Step], rest: int, bud
 
 def _steps(block_kv: int, num_levels: int, rest: int, errors: Sequence[float] | None) -> list[_Step]:
     """From the coarsest level to level 1, over the lower convex hull of work and squared error."""
-    coarsest = coarsest_level(block_kv)
     checks.integer("num_levels", num_levels, 1)
-    if num_levels > min(coarsest, checks.MAX_BOUNDS):
-        raise ValueError(
-            f"num_levels must be at most {min(coarsest, checks.MAX_BOUNDS)}, of which block_kv {block_kv} has "
-            f"{coarsest}, got {num_levels}"
-        )
+    coarsest = min(max_levels(block_kv), checks.MAX_BOUNDS)
+    if num_levels > coarsest:
+        of_blocks = "" if block_kv == UNIFORM_BLOCK else f", as a block of block_kv {block_kv} has {coarsest}"
+        raise ValueError(f"num_levels must be at most {coarsest}{of_blocks}, got {num_levels}")
     if errors is None:
         scale = 1.0 if rest else _MEAN_OVER_DROPPED
         relative = tuple(error * scale for error in _ERRORS[: num_levels - 1])
@@ -248,7 +248,7 @@ def _sizes(
     num_q_blocks, num_kv_blocks = scores.shape[2:]
     if layout is None:
         queries = torch.ones(num_q_blocks, 1, dtype=torch.int64, device=device)
-        keys = torch.full((1, 1, 1, num_kv_blocks), _UNIFORM_BLOCK, device=device)
+        keys = torch.full((1, 1, 1, num_kv_blocks), UNIFORM_BLOCK, device=device)
         seen = torch.ones(1, 1, num_q_blocks, num_kv_blocks, dtype=torch.bool, device=device)
         return queries, keys, seen, ~seen
     queries = layout.q_sizes(device)[:, None]
@@ -275,7 +275,10 @@ def _scores(importance: object, layout: BlockLayout | None) -> Tensor:
                 f"importance must have the layout's {layout.num_q_blocks} x {layout.num_kv_blocks} blocks, "
                 f"got {list(scores.shape)}"
             )
-    return scores.detach().float().contiguous()
+    # A search among scores that are no numbers would end outside of them. Their place takes the largest number, as NaN
+    # is the highest for rank_levels too.
+    largest = torch.finfo(torch.float32).max
+    return scores.detach().float().nan_to_num(nan=largest, posinf=largest).contiguous()
 
 
 def _check_full(full: object, scores: Tensor) -> None:
@@ -287,17 +290,33 @@ def _check_full(full: object, scores: Tensor) -> None:
     kernel_checks.strided("full", full)
     if full.ndim > 4 or any(n not in (1, size) for n, size in zip(full.shape[::-1], scores.shape[::-1], strict=False)):
         raise ValueError(f"full must broadcast to importance's {list(scores.shape)}, got {list(full.shape)}")
+    if full.device != scores.device:
+        raise ValueError(f"full must be on importance's device {scores.device}, got {full.device}")
 
 
-def _check_pays_for_means(density: float, layout: BlockLayout) -> None:
-    """One row for each block that is seen costs no more than the density."""
+@lru_cache(maxsize=64)
+def _causal_means(layout: BlockLayout) -> tuple[int, int]:
+    """The work of a row for each block that is seen under a causal mask, and that of dense attention."""
     means = dense = 0
     for first in range(0, layout.q_len, layout.block_q):
         queries = min(layout.block_q, layout.q_len - first)
-        keys = min(layout.kv_len, first + queries + layout.kv_len - layout.q_len) if layout.is_causal else layout.kv_len
-        num_blocks = -(-keys // layout.block_kv)
+        num_blocks = -(-(first + queries + layout.kv_len - layout.q_len) // layout.block_kv)
         means += queries * num_blocks
         dense += queries * min(layout.kv_len, num_blocks * layout.block_kv)
+    return means, dense
+
+
+def check_pays_for_means(density: float, layout: BlockLayout) -> None:
+    """One row for each block that is seen costs no more than the density.
+
+    What torch.compile traces must not depend on each length: there all blocks under a causal mask are taken for whole.
+    """
+    if not layout.is_causal:
+        means, dense = layout.num_kv_blocks, layout.kv_len
+    elif torch.compiler.is_compiling():
+        means, dense = 1, layout.block_kv
+    else:
+        means, dense = _causal_means(layout)
     if density * dense < means:
         raise ValueError(
             f"density must be at least {means / dense:.4g} with skip='mean', what a row for each block of "

@@ -15,11 +15,15 @@ MAX_BOUNDS = 9  # as many levels as the largest block has
 ROUNDING = 2**-50  # what a share may be off by in binary, over itself
 
 
-def real(name: str, value: object, low: float, high: float) -> float:
-    """``value`` as a float in [low, high]."""
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
+    return float(value)
+
+
+def real(name: str, value: object, low: float, high: float) -> float:
+    """``value`` as a float in [low, high]."""
+    number = _number(name, value)
     if not low <= number <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
     return number
@@ -38,12 +42,6 @@ def boolean(name: str, value: object) -> None:
     """``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {value!r}")
-
-
-def choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def sequence(name: str, value: object) -> Sequence[object]:
@@ -83,7 +81,7 @@ def errors(value: object) -> tuple[float, ...]:
 
 def share(name: str, value: object) -> float:
     """``value`` as a float in (0, 1]."""
-    number = real(name, value, -math.inf, math.inf)
+    number = _number(name, value)
     if not 0.0 < number <= 1.0:
         raise ValueError(f"{name} must be in (0, 1], got {value!r}")
     return number
@@ -140,11 +138,13 @@ def levels(value: object, layout: BlockLayout | None = None) -> Tensor:
         raise TypeError(f"levels must be torch.int8, got {value.dtype}")
     if value.ndim != 4 or 0 in value.shape[2:]:
         raise ValueError(f"levels must have shape [B, H, num_q_blocks, num_kv_blocks], got {list(value.shape)}")
-    if layout is not None and tuple(value.shape[2:]) != (layout.num_q_blocks, layout.num_kv_blocks):
-        raise ValueError(
-            f"levels must have the layout's {layout.num_q_blocks} x {layout.num_kv_blocks} blocks, "
-            f"got {list(value.shape)}"
-        )
+    if layout is not None:
+        block_layout(layout)
+        if tuple(value.shape[2:]) != (layout.num_q_blocks, layout.num_kv_blocks):
+            raise ValueError(
+                f"levels must have the layout's {layout.num_q_blocks} x {layout.num_kv_blocks} blocks, "
+                f"got {list(value.shape)}"
+            )
     kernel_checks.level_values(value, MAX_BOUNDS if layout is None else layout.num_levels)
     return value
 

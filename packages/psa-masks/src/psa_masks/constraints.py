@@ -7,6 +7,7 @@ from torch import Tensor
 
 from psa_kernels import BlockLayout
 from psa_kernels import checks as kernel_checks
+from psa_kernels.layout import max_levels
 from psa_masks import checks
 
 
@@ -46,6 +47,8 @@ def cap_by_similarity(levels: Tensor, similarity: Tensor, thresholds: Sequence[f
             f"similarity must have shape [{batch}, H_kv, {num_kv_blocks}, >= {len(limits)}] to go with "
             f"levels {list(levels.shape)} and {len(limits)} thresholds, got {list(shape)}"
         )
+    if similarity.device != levels.device:
+        raise ValueError(f"similarity must be on levels' device {levels.device}, got {similarity.device}")
     if shape[1] == 0 or heads % shape[1]:
         raise ValueError(f"similarity's heads must divide levels' {heads} heads, got {shape[1]}")
 
@@ -88,7 +91,7 @@ def keep_full(
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
     """
-    checks.block_layout(layout)
+    checks.block_layout(layout)  # None is no layout here
     checks.levels(levels, layout)
     ranges = checks.token_ranges("protected", protected)
     for start, stop in ranges:
@@ -118,8 +121,8 @@ def skip_to_mean(levels: Tensor, block_kv: int) -> Tensor:
     This *tail* costs ``1 / block_kv`` of the work of a full block, and nothing is left out of the softmax.
 
     Args:
-        levels: int8 ``[B, H, num_q_blocks, num_kv_blocks]``.
-        block_kv: tokens in a KV block, a power of two.
+        levels: int8 ``[B, H, num_q_blocks, num_kv_blocks]``, none coarser than that.
+        block_kv: tokens in a KV block, a power of two up to 256.
 
     Returns:
         int8, shaped like ``levels``; a new tensor.
@@ -128,15 +131,15 @@ def skip_to_mean(levels: Tensor, block_kv: int) -> Tensor:
         TypeError, ValueError: an argument breaks a rule above.
     """
     checks.levels(levels)
-    return levels.masked_fill(levels == 0, coarsest_level(block_kv))
+    coarsest = coarsest_level(block_kv)
+    kernel_checks.level_values(levels, coarsest)
+    return levels.masked_fill(levels == 0, coarsest)
 
 
 def coarsest_level(block_kv: int) -> int:
     """The level at which a whole KV block is one row, ``log2(block_kv) + 1``."""
-    checks.integer("block_kv", block_kv, 1)
-    if block_kv & (block_kv - 1):
-        raise ValueError(f"block_kv must be a power of two, got {block_kv}")
-    return block_kv.bit_length()
+    kernel_checks.power_of_two("block_kv", block_kv)
+    return max_levels(block_kv)
 
 
 def _blocks(start: int, stop: int, block: int) -> slice:

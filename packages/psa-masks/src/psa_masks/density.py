@@ -7,7 +7,7 @@ from psa_kernels import BlockLayout
 from psa_masks import checks
 
 # Without a layout every block counts alike; any power of two that all pools divide does for its length.
-_UNIFORM_BLOCK = 1 << 20
+UNIFORM_BLOCK = 1 << 20
 
 
 def density(levels: Tensor, layout: BlockLayout | None = None) -> Tensor:
@@ -37,11 +37,10 @@ def density(levels: Tensor, layout: BlockLayout | None = None) -> Tensor:
     device = levels.device
     if layout is None:
         queries = torch.ones(num_q_blocks, dtype=torch.int64, device=device)
-        keys = torch.full((num_kv_blocks,), _UNIFORM_BLOCK, dtype=torch.int32, device=device)
+        keys = torch.full((num_kv_blocks,), UNIFORM_BLOCK, dtype=torch.int32, device=device)
         visible = torch.ones(num_q_blocks, num_kv_blocks, dtype=torch.bool, device=device)
     else:
-        queries = _sizes(layout.q_len, layout.block_q, num_q_blocks, device)
-        keys = _sizes(layout.kv_len, layout.block_kv, num_kv_blocks, device).int()
+        queries, keys = layout.q_sizes(device), layout.kv_sizes(device).int()
         visible = layout.visible(device)
         levels = layout.executed_levels(levels)
     # Whole numbers all the way: the count is exact however many blocks there are.
@@ -49,9 +48,5 @@ def density(levels: Tensor, layout: BlockLayout | None = None) -> Tensor:
     rows = torch.where(levels > 0, (keys + (1 << halvings) - 1) >> halvings, 0)
     executed = (rows.sum(dim=-1) * queries).sum(dim=-1)
     dense = ((visible * keys).sum(dim=-1) * queries).sum()
-    return (executed / dense).float()
-
-
-def _sizes(length: int, block: int, num_blocks: int, device: torch.device) -> Tensor:
-    """Tokens in each block, int64; made on the device, so nothing is copied to it."""
-    return (length - torch.arange(num_blocks, device=device) * block).clamp(max=block)
+    # In float64, as two whole numbers alone are divided in the default dtype.
+    return (executed.double() / dense.double()).float()

@@ -50,7 +50,7 @@ def level_image(levels: Tensor, *, cell: int = 1, dark: bool = False) -> Tensor:
     if low < 0 or high > checks.MAX_BOUNDS:
         raise ValueError(f"levels must be in 0..{checks.MAX_BOUNDS}, got {low}..{high}")
     colours = LEVEL_COLOURS_DARK if dark else LEVEL_COLOURS
-    palette = torch.tensor([list(bytes.fromhex(colour[1:])) for colour in colours], dtype=torch.uint8)
+    palette = torch.tensor([list(bytes.fromhex(colour[1:])) for colour in colours], dtype=torch.uint8, device="cpu")
     image = palette[levels.long()]
     return image.repeat_interleave(cell, dim=-3).repeat_interleave(cell, dim=-2)
 
@@ -73,7 +73,7 @@ def encode_png(image: Tensor) -> bytes:
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image must have shape [height, width, 3], got {list(image.shape)}")
     height, width = image.shape[:2]
-    filters = torch.zeros(height, 1, dtype=torch.uint8)
+    filters = torch.zeros(height, 1, dtype=torch.uint8, device="cpu")
     rows = torch.cat((filters, image.cpu().reshape(height, width * 3)), dim=1)
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(rows.flatten().tolist()), 9)

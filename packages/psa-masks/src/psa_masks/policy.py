@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from psa_kernels import BlockLayout, block_importance, key_similarity
+from psa_kernels import checks as kernel_checks
 from psa_kernels.block_importance import METHODS, REDUCTIONS, group_stride
 from psa_kernels.layout import existing_keys
 from psa_masks import checks
@@ -79,8 +80,8 @@ class MaskPolicy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks.choice("mode", self.mode, ("threshold", "quota", "budget"))
-        checks.choice("skip", self.skip, ("drop", "mean"))
+        kernel_checks.choice("mode", self.mode, ("threshold", "quota", "budget"))
+        kernel_checks.choice("skip", self.skip, ("drop", "mean"))
         BlockLayout(1, 1, block_q=self.block_q, block_kv=self.block_kv)  # checks the block sizes
         coarsest = coarsest_level(self.block_kv)
         if self.mode == "budget":
@@ -110,8 +111,8 @@ class MaskPolicy:
             if self.mode == "budget" and max(limits) > -1.0:
                 raise ValueError(f"similarity_thresholds must be None or all -1 with mode 'budget', got {limits!r}")
         checks.integer("sinks", self.sinks, 0)
-        checks.choice("method", self.method, METHODS)
-        checks.choice("reduction", self.reduction, REDUCTIONS)
+        kernel_checks.choice("method", self.method, METHODS)
+        kernel_checks.choice("reduction", self.reduction, REDUCTIONS)
         if self.method == "antidiagonal":
             if self.reduction == "error":
                 raise ValueError("reduction 'error' needs method 'sampled', got 'antidiagonal'")
@@ -137,7 +138,7 @@ class MaskPolicy:
         """``density`` and ``errors`` of budget mode."""
         if len(checks.sequence("bounds", self.bounds)):
             raise ValueError(f"bounds must not be given with mode 'budget', which goes by density, got {self.bounds!r}")
-        checks.choice("share", self.share, ("head", "layer"))
+        kernel_checks.choice("share", self.share, ("head", "layer"))
         if self.density is None:
             raise ValueError("density must be given with mode 'budget', got None")
         density = checks.share("density", self.density)

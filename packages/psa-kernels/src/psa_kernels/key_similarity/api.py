@@ -13,7 +13,8 @@ def key_similarity(
 
     For level h of a block with n tokens it is the mean of ``cos(k[t], k[t + s])`` over the pairs inside the block
     at stride ``s = min(2**(h-1), n-1)``: where the stride reaches past the block, the first and last token are
-    compared, and a block of one token, or none, is 1. A zero key is similar to nothing (0).
+    compared, and a block of one token, or none, is 1. A key shorter than 1e-12 is taken for one of that length, so
+    a zero key is similar to nothing (0).
     Source: Pyramid Sparse Attention (arXiv 2512.04025), similarity-based constraint.
 
     Args:

@@ -45,7 +45,8 @@ def kmeans(
     Source: S. P. Lloyd, Least squares quantization in PCM (1982).
 
     Args:
-        x: ``[B, H, L, D]``, float16, bfloat16, float32 or float64, any strides.
+        x: ``[B, H, L, D]``, float16, bfloat16, float32 or float64, any strides. Finite, and with squares that float32
+            holds (not checked: that would wait for the device); else clusters differ between implementations.
         num_clusters: K, 1 to L.
         centroids: ``[B, H, K, D]`` to start from, of the dtype that is returned, such as those of an earlier call.
             None starts from K tokens of each head, one drawn from each of K equal stretches of the sequence.

@@ -15,8 +15,7 @@ def forward(levels: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
             bounds.append(len(kept))
         indices.append(kept + [0] * (len(row) - len(kept)))
         offsets.append(bounds)
-    shape = levels.shape[:-1]
     return (
-        torch.tensor(indices, dtype=torch.int32, device=levels.device).reshape(*shape, -1),
-        torch.tensor(offsets, dtype=torch.int32, device=levels.device).reshape(*shape, -1),
+        torch.tensor(indices, dtype=torch.int32, device=levels.device).reshape(levels.shape),
+        torch.tensor(offsets, dtype=torch.int32, device=levels.device).reshape(*levels.shape[:-1], num_levels + 1),
     )

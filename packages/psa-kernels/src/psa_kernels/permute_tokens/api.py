@@ -24,6 +24,7 @@ def permute_tokens(x: Tensor, order: Tensor, *, impl: str | None = None) -> Tens
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
+        NotImplementedError: a derivative is asked for in forward mode or by torch.func.
     """
     checks.sequence("x", x)
     if not isinstance(order, Tensor):
@@ -35,5 +36,6 @@ def permute_tokens(x: Tensor, order: Tensor, *, impl: str | None = None) -> Tens
         raise ValueError(f"order must have shape [B, H, L] of x, {list(x.shape[:3])}, got {list(order.shape)}")
     if order.device != x.device:
         raise ValueError(f"order must be on x's device {x.device}, got {order.device}")
+    checks.backward_mode_alone("permute_tokens", "; x.gather has them", x)
     out: Tensor = permute_tokens_op(x, order, checks.resolve_impl(impl, x))
     return out

@@ -1,6 +1,5 @@
 """``pyramid_attention``: checks and dispatch."""
 
-import torch
 from torch import Tensor
 
 from psa_kernels import checks
@@ -8,6 +7,7 @@ from psa_kernels.layout import BlockLayout, max_levels
 from psa_kernels.plan import LevelPlan, check_levels
 from psa_kernels.pyramid_attention.ops import pyramid_attention_op
 from psa_kernels.pyramid_attention.reference import forward as reference
+from psa_kernels.registry import without_autocast
 
 
 def pyramid_attention(
@@ -48,23 +48,25 @@ def pyramid_attention(
         block_q, block_kv: tokens a level decision covers, powers of two up to 256.
         is_causal: mask keys after a query's own position.
         kv_lengths: int32 or int64 ``[B]``, how many keys of each sample exist; None is all. Keys past it have no
-            part in rows, counts or softmax.
+            part in rows, counts or softmax, and may be NaN. More than kv_len counts as that, less than 0 as 0.
         scale: of the logits; None is ``1/sqrt(D)``.
         num_levels: the coarsest level that may stand in ``levels``; None is ``log2(block_kv) + 1``, where a whole
             block is one row, or the plan's.
         return_lse: also return the log-sum-exp of each query's logits.
         impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU of compute capability 8.0 or
             higher, torch elsewhere, with one warning on an older GPU. One asked for by name never falls back.
-            ``"reference"`` rounds logits to the dtype of its inputs: in float16 one above 65,504 gives inf or NaN.
+            ``"reference"`` rounds logits to the dtype of its inputs: in float16 one above 65,504 gives inf or NaN. It
+            multiplies what is skipped by 0, so that inf or NaN among values that nobody reads shows there alone.
 
     Returns:
         out ``[B, H, q_len, D]`` in query's dtype, and with ``return_lse`` lse ``[B, H, q_len]``, natural
         logarithm, float32 (float64 for float64). A query with nothing to read gets out 0, lse -inf and gradients
         of 0. Both results have gradients with respect to query, key and value; levels are constants. Gradients of
-        gradients are there with ``reference`` alone.
+        gradients, derivatives in forward mode and those of torch.func are there with ``reference`` alone.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above, before any work.
+        NotImplementedError: a derivative is asked for that the implementation has not.
     """
     checks.query_and_key(query, key)
     checks.sequence("value", value)
@@ -98,9 +100,10 @@ def pyramid_attention(
 
     if impl == "reference":
         level_map = levels.to_levels() if isinstance(levels, LevelPlan) else levels
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             out, lse = reference(query, key, value, level_map, layout, kv_lengths, scale)
     else:
+        checks.backward_mode_alone("pyramid_attention", "; impl='reference' has them", query, key, value)
         plan = levels if isinstance(levels, LevelPlan) else LevelPlan.from_levels(levels, layout, impl=impl)
         out, lse = pyramid_attention_op(
             query, key, value, plan.indices, plan.offsets, kv_lengths, block_q, block_kv, is_causal, scale, to_run

@@ -23,8 +23,16 @@ class AttentionKernels:
     without_hopper: str = ""
 
 
-def attention_kernels(device: torch.device) -> AttentionKernels:
-    """The forward kernels that ``device`` has. Which of two a call runs is decided by what it asks for."""
+def attention_kernels(device: torch.device | str) -> AttentionKernels:
+    """The forward kernels that ``device`` has. Which of two a call runs is decided by what it asks for.
+
+    Args:
+        device: a device, or what ``torch.device`` makes one of, such as ``"cuda"``.
+
+    Raises:
+        TypeError, RuntimeError: of ``torch.device``, for what is no device.
+    """
+    device = torch.device(device)
     capability = checks.gpu_capability(device)
     if capability is None or capability < checks.MIN_CAPABILITY:
         return AttentionKernels(("torch_impl",))

@@ -27,7 +27,11 @@ class Pyramid:
     kv_lengths: Tensor | None = None
 
     def level(self, level: int) -> Tensor:
-        """The rows of ``level``, ``[B, H, ceil(L / 2**(level-1)), D]``, a view."""
+        """The rows of ``level``, ``[B, H, ceil(L / 2**(level-1)), D]``, a view.
+
+        Raises:
+            TypeError, ValueError: ``level`` is no integer in 1..num_levels.
+        """
         self._check(level)
         if level == 1:
             return self.x
@@ -37,7 +41,11 @@ class Pyramid:
 
     def counts(self, level: int) -> Tensor:
         """Tokens that each row of ``level`` is the mean of, int64 ``[1, rows]``, or ``[B, rows]`` with
-        ``kv_lengths``; 0 where a sample has no token and the row is 0."""
+        ``kv_lengths``; 0 where a sample has no token and the row is 0.
+
+        Raises:
+            TypeError, ValueError: ``level`` is no integer in 1..num_levels.
+        """
         self._check(level)
         return row_counts(self.x.shape[2], level, self.kv_lengths, self.x.device)
 
@@ -63,7 +71,7 @@ def pool_pyramid(
         impl: ``"triton"``, ``"torch"`` or ``"reference"``; None is Triton on a GPU, torch elsewhere.
 
     Raises:
-        TypeError, ValueError: an argument breaks a rule above, or ``x`` requires grad.
+        TypeError, ValueError: an argument breaks a rule above, or ``x`` wants a derivative.
     """
     checks.sequence("x", x)
     checks.power_of_two("block_kv", block_kv)

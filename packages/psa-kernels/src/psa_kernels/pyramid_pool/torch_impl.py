@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from psa_kernels.layout import num_rows, row_counts
+from psa_kernels.layout import row_counts
+from psa_kernels.pyramid_pool.ops import pooled_rows
 
 
 def forward(x: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
     batch, heads, kv_len, head_dim = x.shape
-    total = sum(num_rows(kv_len, level) for level in range(2, num_levels + 1))
-    pooled = x.new_empty((batch, heads, total, head_dim))
+    pooled = x.new_empty((batch, heads, pooled_rows(kv_len, num_levels), head_dim))
     # One head at a time keeps the wide sums small beside the sequence.
     for b in range(batch):
         lengths = None if kv_lengths is None else kv_lengths[b : b + 1]

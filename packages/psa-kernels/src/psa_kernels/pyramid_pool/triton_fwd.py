@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_kernels.layout import num_rows
+from psa_kernels.pyramid_pool.ops import pooled_rows
 from psa_kernels.triton_device import on_device
 
 _DIM_TILE = 64
@@ -138,13 +138,9 @@ def _pool_into(pooled: Tensor, x: Tensor, kv_lengths: Tensor | None, num_levels:
             )  # fmt: skip
 
 
-def _pooled_rows(kv_len: int, num_levels: int) -> int:
-    return sum(num_rows(kv_len, level) for level in range(2, num_levels + 1))
-
-
 def forward(x: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
     batch, heads, kv_len, head_dim = x.shape
-    pooled = x.new_empty((batch, heads, _pooled_rows(kv_len, num_levels), head_dim))
+    pooled = x.new_empty((batch, heads, pooled_rows(kv_len, num_levels), head_dim))
     _pool_into(pooled, x, kv_lengths, num_levels)
     return pooled
 
@@ -152,7 +148,7 @@ def forward(x: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
 def pool_keys_and_values(key: Tensor, value: Tensor, kv_lengths: Tensor | None, num_levels: int) -> Tensor:
     """Both in one tensor ``[2, B, H_kv, rows, D]``, keys first."""
     batch, heads, kv_len, head_dim = key.shape
-    pooled = key.new_empty((2, batch, heads, _pooled_rows(kv_len, num_levels), head_dim))
+    pooled = key.new_empty((2, batch, heads, pooled_rows(kv_len, num_levels), head_dim))
     _pool_into(pooled[0], key, kv_lengths, num_levels)
     _pool_into(pooled[1], value, kv_lengths, num_levels)
     return pooled

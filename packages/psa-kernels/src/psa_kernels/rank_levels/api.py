@@ -76,7 +76,5 @@ def _check_sample_counts(counts: Tensor, scores: Tensor) -> None:
         )
     if counts.device != scores.device:
         raise ValueError(f"counts must be on scores' device {scores.device}, got {counts.device}")
-    if counts.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if (counts.diff(dim=1, prepend=torch.zeros_like(counts[:, :1])) < 0).any():
+    if checks.has_values(counts) and (counts.diff(dim=1, prepend=torch.zeros_like(counts[:, :1])) < 0).any():
         raise ValueError(f"counts must not decrease from 0 on, got {counts.tolist()[:4]}")

@@ -36,7 +36,8 @@ def share_levels(
 
     Args:
         scores: ``[..., n]`` with n from 1 to 2**22, float16, bfloat16, float32 or float64, any strides, finite and not
-            negative (not checked: that would wait for the device). They are read in float32.
+            negative (not checked: that would wait for the device). They are read in float32, one past
+            its range as its largest number.
         shares: 1 to 9 numbers in [0, 1] that do not decrease. A level whose share equals the one before it gets
             nothing.
         min_first: at least ``ceil(n * min_first)`` scores of each row, the highest, are level 1, in [0, 1].
@@ -59,7 +60,7 @@ def share_levels(
     _check_lengths(lengths, scores)
     scores = scores.detach()
     if scores.dtype == torch.float64:
-        scores = scores.float()
+        scores = scores.clamp(max=torch.finfo(torch.float32).max).float()
     levels: Tensor = share_levels_op(scores, ends, least, lengths, checks.resolve_impl(impl, scores))
     return levels
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from psa_kernels import checks as kernel_checks
 from psa_masks import checks
 from psa_masks.grid import VideoGrid, check_grid
 from psa_masks.order.gilbert import gilbert_order
@@ -33,7 +34,7 @@ def cube_order(
             curve of ``gilbert_order`` over the grid of cubes, so that each shares a face with the next.
 
     Returns:
-        The order of the whole sequence, shared between equal calls.
+        The order of the whole sequence, shared between equal calls. Make it outside of what torch.compile traces.
 
     Raises:
         TypeError: ``grid`` is no VideoGrid, or ``cube`` no sequence of ints.
@@ -44,7 +45,7 @@ def cube_order(
     if len(sides) != 3:
         raise ValueError(f"cube must be (frames, height, width), got {cube!r}")
     frames, height, width = (checks.integer(f"cube[{i}]", side, 1) for i, side in enumerate(sides))
-    checks.choice("along", along, ("raster", "gilbert"))
+    kernel_checks.choice("along", along, ("raster", "gilbert"))
     # Longer sides mean the same, but need not fit into an int64.
     cut = min(frames, grid.frames), min(height, grid.height), min(width, grid.width)
     return _cube_order(grid, cut, along)

@@ -60,7 +60,7 @@ def gilbert_order(grid: VideoGrid) -> TokenOrder:
         grid: the token grid.
 
     Returns:
-        The order of the whole sequence, shared between equal calls.
+        The order of the whole sequence, shared between equal calls. Make it outside of what torch.compile traces.
 
     Raises:
         TypeError: ``grid`` is no VideoGrid.

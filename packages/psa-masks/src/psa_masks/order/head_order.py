@@ -1,7 +1,6 @@
 """An order of tokens for every head, made on the device from what the tokens hold."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ class HeadOrder:
 
     Args:
         order: int64 ``[B, H, L]``, in each head a permutation of 0..L-1; ``order[b, h, i]`` is the original index of
-            the token that comes i-th. Kept where it lies, not copied. Only on the CPU are its values looked at: nobody
-            waits for a GPU.
+            the token that comes i-th. Kept where it lies, not copied. Only on the CPU are its values looked at, and not
+            those that torch.compile traces: nobody waits for a GPU.
 
     Attributes:
         order: the argument.
@@ -34,19 +33,23 @@ class HeadOrder:
         if order.ndim != 3:
             raise ValueError(f"order must have shape [B, H, L], got {list(order.shape)}")
         self.order = order
+        self._inverse: Tensor | None = None
         length = order.shape[2]
-        if order.device.type == "cpu":
+        if kernel_checks.has_values(order):
             within = bool(((order >= 0) & (order < length)).all())
             if not within or (self.inverse < 0).any():
                 raise ValueError(
                     f"order must hold each of 0..{length - 1} once a head, got {order[0, 0, :16].tolist()}"
                 )
 
-    @cached_property
+    @property
     def inverse(self) -> Tensor:
         """int64 ``[B, H, L]``; ``inverse[b, h, j]`` is the new place of original token j."""
-        places = torch.arange(self.order.shape[2], device=self.order.device).expand_as(self.order)
-        return torch.full_like(self.order, -1).scatter_(2, self.order, places)
+        # No cached_property: its lock is what torch.compile cannot trace.
+        if self._inverse is None:
+            places = torch.arange(self.order.shape[2], device=self.order.device).expand_as(self.order)
+            self._inverse = torch.full_like(self.order, -1).scatter_(2, self.order, places)
+        return self._inverse
 
     def __repr__(self) -> str:
         batch, heads, length = self.order.shape

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from psa_masks.grid import VideoGrid
+from psa_kernels import checks as kernel_checks
+from psa_masks.grid import VideoGrid, check_grid, video_range_of
 from psa_masks.order.gilbert import gilbert_order
 from psa_masks.order.head_order import AttentionOrder
 from psa_masks.order.semantic import semantic_order
@@ -21,7 +22,8 @@ def hybrid_order(
     """Order queries by :func:`gilbert_order`, keys with their values by :func:`semantic_order`.
 
     Queries that stand together ask for much the same; what they ask for may stand anywhere. Within a cluster keys come
-    along the curve too. Text tokens stay where they are.
+    along the curve too. Text tokens stay where they are. torch.compile cannot trace this, for the making of the
+    curve: make that outside, and inside the :func:`semantic_order` with it for a ``base``.
 
     Args:
         grid: the sequence of the queries and of the keys.
@@ -34,6 +36,9 @@ def hybrid_order(
 
     The hybrid of Pyramid Sparse Attention (arXiv 2512.04025).
     """
+    kernel_checks.sequence("key", key)
+    check_grid(grid)
+    video_range_of(grid, key.shape[2], "key")  # checks that they go together
     curve = gilbert_order(grid)
     keys = semantic_order(
         key,

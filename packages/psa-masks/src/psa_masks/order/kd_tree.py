@@ -5,12 +5,13 @@ from torch import Tensor
 
 from psa_kernels import checks as kernel_checks
 from psa_kernels import kd_tree, leading_directions
+from psa_kernels.registry import without_autocast
 from psa_masks.grid import VideoGrid, video_range_of
 from psa_masks.order.head_order import HeadOrder
 from psa_masks.order.semantic import check_base
 from psa_masks.order.token_order import TokenOrder
 
-_SAMPLES = 4096  # of a head
+_SAMPLES = 4096  # of a head at most, and more than half as many where there are that many tokens
 _PARTS = 8
 _DIRECTIONS = 8
 
@@ -38,7 +39,7 @@ def kd_tree_order(
     they are. Nothing waits for the device.
 
     Args:
-        query: ``[B, H, q_len, D]``, H a multiple of H_kv.
+        query: ``[B, H, q_len, D]``, H a multiple of H_kv, on the device of ``key``.
         key: ``[B, H_kv, L, D]``.
         block_kv: tokens of a key/value block, a power of two.
         grid: the sequence, ``grid.seq_len == L``: its text tokens stay where they are. None takes all for video.
@@ -62,6 +63,8 @@ def kd_tree_order(
             f"query must have the batch and head_dim of key {list(key.shape)} and a multiple of its heads, "
             f"got {list(query.shape)}"
         )
+    if query.device != key.device:
+        raise ValueError(f"query must be on key's device {key.device}, got {query.device}")
     kernel_checks.power_of_two("block_kv", block_kv)
     if num_directions is None:
         num_directions = min(_DIRECTIONS, head_dim)
@@ -70,22 +73,21 @@ def kd_tree_order(
         raise ValueError(f"num_directions must be 1 to the head_dim {head_dim}, got {num_directions}")
     start, stop = video_range_of(grid, length, "key")
     if base is not None:
-        check_base(base, start, stop, length)
+        check_base(base, start, stop, length, "key")
 
     order = torch.arange(length, device=key.device) if base is None else base.index(key.device)
     first, last = -(-start // block_kv) * block_kv, stop // block_kv * block_kv
     if first >= last or block_kv == 1:
         return HeadOrder(order.expand(batch, heads, length))
     inside = order[first:last]
-    with torch.autocast(key.device.type, enabled=False), torch.no_grad():
+    with without_autocast(key.device), torch.no_grad():
         moments = sampled_moments(query, key[:, :, start:stop])
         directions = leading_directions(*moments, num_directions, impl=impl)
         places = (key @ directions.to(key.dtype)).index_select(2, inside)  # what moves is the smaller
         within = kd_tree(places.unflatten(2, (-1, block_kv)), impl=impl)  # [B, H_kv, blocks, block_kv]
     moved = within + torch.arange(0, last - first, block_kv, device=key.device)[:, None]
-    whole = order.repeat(batch, heads, 1)
-    whole[:, :, first:last] = inside[moved.flatten(2)]
-    return HeadOrder(whole)
+    before, after = (part.expand(batch, heads, -1) for part in (order[:first], order[last:]))
+    return HeadOrder(torch.cat([before, inside[moved.flatten(2)], after], dim=2))
 
 
 def sampled_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,20 +95,19 @@ def sampled_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
     Either times a number of its own, which leading directions do not care about.
     """
-    queries = _samples(query).unflatten(1, (key.shape[1], -1))  # [B, H_kv, those that read a head of keys, ...]
-    keys = _samples(key)
+    queries = even_samples(query).unflatten(1, (key.shape[1], -1))  # [B, H_kv, those that read a head of keys, ...]
+    keys = even_samples(key)
     keys = keys - keys.mean((2, 3), keepdim=True)
     return (queries.mT @ queries).sum((2, 3)), (keys.mT @ keys).sum(2)
 
 
-def _samples(x: Tensor) -> Tensor:
+def even_samples(x: Tensor) -> Tensor:
     """float32 ``[B, H, parts, tokens, D]``, evenly from ``x`` ``[B, H, L, D]``.
 
     In parts, because the product of one long matrix with itself has too few tiles to keep a GPU busy.
     """
-    count = min(_SAMPLES, x.shape[2])
-    parts = _PARTS if count >= _PARTS else 1
-    count -= count % parts
-    step = x.shape[2] // count
-    samples: Tensor = x[:, :, : count * step : step].float().unflatten(2, (parts, -1))
+    sampled = x[:, :, :: -(-x.shape[2] // _SAMPLES)]  # to the end, whatever the length
+    parts = _PARTS if sampled.shape[2] >= _PARTS else 1
+    count = sampled.shape[2] // parts * parts
+    samples: Tensor = sampled[:, :, :count].float().unflatten(2, (parts, -1))
     return samples

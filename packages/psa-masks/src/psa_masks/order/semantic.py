@@ -67,7 +67,7 @@ def semantic_order(
     length = x.shape[2]
     start, stop = video_range_of(grid, length, "x")
     if base is not None:
-        check_base(base, start, stop, length)
+        check_base(base, start, stop, length, "x")
     clusters = kmeans(
         x[:, :, start:stop],
         num_clusters,
@@ -83,9 +83,9 @@ def semantic_order(
     else:
         tokens = base.index(x.device)[start:stop] - start
         video = tokens[_stable_argsort(places.index_select(2, tokens), num_clusters)]
-    order = torch.arange(length, device=x.device).repeat(*x.shape[:2], 1)
-    order[:, :, start:stop] = video + start
-    return SemanticOrder(order, clusters.centroids)
+    token = torch.arange(length, device=x.device)
+    before, after = (part.expand(*x.shape[:2], -1) for part in (token[:start], token[stop:]))
+    return SemanticOrder(torch.cat([before, video + start, after], dim=2), clusters.centroids)
 
 
 def path_through(centroids: Tensor) -> Tensor:
@@ -111,12 +111,17 @@ def path_through(centroids: Tensor) -> Tensor:
     return along.squeeze(-1).argsort(dim=-1, stable=True).argsort(dim=-1)
 
 
-def check_base(base: object, start: int, stop: int, length: int) -> None:
-    """``base`` orders the video tokens start..stop-1 among themselves."""
+def check_base(base: object, start: int, stop: int, length: int, name: str) -> None:
+    """``base`` orders the video tokens start..stop-1 of the argument ``name`` among themselves.
+
+    That text stays is not looked at where torch.compile traces, which shows no values.
+    """
     if not isinstance(base, TokenOrder):
         raise TypeError(f"base must be a psa_masks.TokenOrder, got {type(base).__name__}")
     if len(base) != length:
-        raise ValueError(f"base must have the {length} tokens of x, got {len(base)}")
+        raise ValueError(f"base must have the {length} tokens of {name}, got {len(base)}")
+    if not kernel_checks.has_values(base.order):
+        return
     stays = torch.arange(length, device="cpu")
     if not (torch.equal(base.order[:start], stays[:start]) and torch.equal(base.order[stop:], stays[stop:])):
         raise ValueError(f"base must keep the text tokens, all outside of {start}..{stop}, where they are")
