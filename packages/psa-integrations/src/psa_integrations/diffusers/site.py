@@ -1,6 +1,5 @@
 """One transformer with the integration on it: its hooks, its processors, and the forward under way."""
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,8 @@ from psa_integrations.build import (
 )
 from psa_integrations.content_orders import ContentOrders
 from psa_integrations.diffusers.adapter import Adapter, Order, Processor
+from psa_integrations.diffusers.arguments import ForwardArguments
+from psa_integrations.diffusers.caches import has_cache
 from psa_integrations.diffusers.compiled import (
     OrderInGraph,
     attend,
@@ -35,6 +36,7 @@ from psa_integrations.diffusers.compiled import (
     tickets,
 )
 from psa_integrations.diffusers.parallel import parallel_problem, ulysses_of
+from psa_integrations.diffusers.threads import OneThread
 from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import StatsRecorder
 from psa_integrations.steps import Step, StepFinder, is_dense_step
@@ -108,8 +110,8 @@ class TransformerSite:
         self._stats = stats
         self._on_unsupported = on_unsupported
         self._impl = impl
-        self._signature = inspect.signature(type(transformer).forward)
-        self._names = tuple(self._signature.parameters)[1:]
+        self._arguments = ForwardArguments(type(transformer))
+        self._threads = OneThread(name, transformer)
         self._begin_outside = self._begin_eager
         self._order_ticket: Tensor | None = None
         self.active = False
@@ -121,12 +123,26 @@ class TransformerSite:
         self._cache_context: Any = None
         self._checkpoint: Callable[..., Any] | None = None
         self._recomputing = False
+        # Whether tokens go through some steps in another order than through others.
+        self._orders_change = self._sparse is not None and bool(
+            self._sparse.use_rearrange and (self._sparse.warmup_steps or self._sparse.cooldown_steps)
+        )
+        self._has_cache = False
         self._warned = False
         self._warned_of_dense_run = False
         self._step: int | None = None
         self._last: Step | None = None
         self._current: SparseForward | None = None
         self._dense_layers = frozenset[int]() if self._sparse is None else frozenset(self._sparse.dense_layers)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Hooks of a copy would follow the forwards of this transformer, and no handle could take them off.
+        if self.active:
+            raise RuntimeError(
+                f"{self.name} has pyramid sparse attention, which cannot be copied or pickled with it: call remove() "
+                "on its handle first, or take the state_dict"
+            )
+        return super().__reduce_ex__(protocol)
 
     def check(self) -> None:
         """Refuses, before anything is touched, what the integration cannot work with."""
@@ -342,6 +358,7 @@ class TransformerSite:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         if not is_compiling():
+            self._threads.enter()
             return self._begin_eager(module, args, kwargs)
         if self._announced is not None:
             return self._begin_in_graph(module, args, kwargs)
@@ -351,8 +368,8 @@ class TransformerSite:
         self._current = None
         self._bind_checkpoint(module)
         self._check_processors()
-        call = dict(self._signature.bind(module, *args, **kwargs).arguments)
-        call.pop("self")
+        self._look_for_caches()
+        call = self._arguments.by_name(args, kwargs)
         step = self._finder.find(call["timestep"])
         self._step = None if step is None else step.index
         self._follow(step)
@@ -407,7 +424,7 @@ class TransformerSite:
         self._check_processors()
         if self._sparse is None:
             return None
-        call = dict(zip(self._names, args, strict=False)) | kwargs
+        call = dict(zip(self._arguments.names, args, strict=False)) | kwargs
         grid = self._grid_served(module, call)
         if grid is None:
             return None
@@ -443,7 +460,11 @@ class TransformerSite:
             )
         self._step = None if step is None else step.index
         if step is not None:
+            self._look_for_caches()
             self._follow(step)
+
+    def _look_for_caches(self) -> None:
+        self._has_cache = self._orders_change and has_cache(self.transformer)
 
     def _order(self) -> Order | None:
         return None if self._current is None else self._current.order
@@ -451,6 +472,8 @@ class TransformerSite:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._current = None
         self._release_checkpoint()
+        if not is_compiling():
+            self._threads.leave()
 
     def _bind_checkpoint(self, module: Any) -> None:
         """For the forward that begins, has gradient checkpointing compute blocks anew as they were computed in it.
@@ -467,6 +490,11 @@ class TransformerSite:
 
             def run(*inputs: Any, **options: Any) -> Any:
                 nonlocal first
+                if not first and current is not None and not self.active:
+                    raise RuntimeError(
+                        f"a block of {self.name} is computed anew for its gradients after remove(), and would not be "
+                        "as it was: call backward() before remove()"
+                    )
                 before = self._current, self._step, self._recomputing
                 self._current, self._step, self._recomputing, first = current, step, not first, False
                 try:
@@ -538,8 +566,7 @@ class TransformerSite:
         )
         if problem is not None:
             return self._supported(problem)
-        some_dense = self._sparse.warmup_steps or self._sparse.cooldown_steps
-        if self._sparse.use_rearrange and some_dense and getattr(module, "is_cache_enabled", False):
+        if self._has_cache:
             return self._supported(
                 "a diffusers cache would carry tokens from a dense step into a sparse one, in another order"
             )
