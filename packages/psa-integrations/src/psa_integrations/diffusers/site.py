@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Literal
 
-from torch import Tensor, cat, is_grad_enabled, nn
+from torch import _C, Tensor, cat, is_grad_enabled, nn
 from torch.compiler import disable, is_compiling
 from torch.utils.hooks import RemovableHandle
 
@@ -123,6 +123,8 @@ class TransformerSite:
         self._cache_context: Any = None
         self._checkpoint: Callable[..., Any] | None = None
         self._recomputing = False
+        # Whether a forward is under way; where the whole transformer is compiled nobody sees its end.
+        self._in_forward = False
         # Whether tokens go through some steps in another order than through others.
         self._orders_change = self._sparse is not None and bool(
             self._sparse.use_rearrange and (self._sparse.warmup_steps or self._sparse.cooldown_steps)
@@ -232,14 +234,28 @@ class TransformerSite:
         return sparse
 
     def count_dense(self, layer: int) -> None:
-        """Notes a dense call of a layer."""
-        if not self._recomputing:
+        """Notes a dense call of a layer.
+
+        Raises:
+            UnsupportedError: if it comes in a backward pass and belongs to no forward that has begun.
+        """
+        if not self._computed_anew():
             self._stats.dense((self.name, self._step, layer))
+        elif self._sparse is not None and not self._recomputing and not self._in_forward:
+            raise UnsupportedError(
+                f"layer {layer} of {self.name} is computed anew for its gradients, and nothing tells of which forward: "
+                f"instead of checkpoints around its blocks use {type(self.transformer).__name__}'s "
+                "enable_gradient_checkpointing()"
+            )
 
     def count_sparse(self, layer: int, density: Tensor) -> None:
         """Notes a sparse call of a layer and what it executes."""
-        if not self._recomputing:
+        if not self._computed_anew():
             self._stats.sparse((self.name, self._step, layer), density)
+
+    def _computed_anew(self) -> bool:
+        """Whether the call repeats one: in a checkpoint bound here, or else in the backward pass."""
+        return self._recomputing or _C._current_graph_task_id() != -1
 
     def attend(
         self, processor: Processor, query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None = None
@@ -366,6 +382,7 @@ class TransformerSite:
 
     def _begin_eager(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         self._current = None
+        self._in_forward = True
         self._bind_checkpoint(module)
         self._check_processors()
         self._look_for_caches()
@@ -421,6 +438,7 @@ class TransformerSite:
     def _begin_in_graph(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         """`_begin` where the whole transformer is compiled: one graph for dense steps, and one for sparse ones."""
         self._current = None
+        self._in_forward = True
         self._check_processors()
         if self._sparse is None:
             return None
@@ -473,6 +491,7 @@ class TransformerSite:
         self._current = None
         self._release_checkpoint()
         if not is_compiling():
+            self._in_forward = False
             self._threads.leave()
 
     def _bind_checkpoint(self, module: Any) -> None:
