@@ -63,6 +63,11 @@ def test_nothing_known_is_none() -> None:
     assert StepFinder(object.__new__(type("Bare", (), {}))).find(1.0) is None
 
 
+def test_any_object_with_a_scheduler_tells_the_step() -> None:
+    pipeline = SimpleNamespace(scheduler=Pipeline([900.0, 600.0]).scheduler)
+    assert StepFinder(pipeline).find(torch.tensor([600.0])) == Step(1, 2)
+
+
 def test_by_hand_goes_before_context_and_context_before_schedule() -> None:
     pipeline = Pipeline([900.0, 600.0, 300.0])
     finder = StepFinder(pipeline)

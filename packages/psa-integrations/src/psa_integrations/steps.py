@@ -77,7 +77,11 @@ class StepFinder:
     def __init__(self, pipeline: object | None = None) -> None:
         # A strong reference would close a cycle through the transformer's hooks, and its memory would only be
         # freed by a garbage collection.
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._pipeline: Callable[[], object | None]
+        try:
+            self._pipeline = weakref.ref(pipeline)
+        except TypeError:  # of None, and of bags of attributes such as SimpleNamespace
+            self._pipeline = lambda: pipeline
         self._by_hand: Step | None = None
         self._from_context: Step | None = None
         self.listeners: list[Callable[[Step | None], None]] = []
@@ -147,7 +151,7 @@ class StepFinder:
         return None if scheduler is None else type(scheduler).__name__
 
     def _living_pipeline(self) -> Any:
-        return None if self._pipeline is None else self._pipeline()
+        return self._pipeline()
 
     def _run(self, now: torch.Tensor | None = None) -> "_Run | None":
         """The run that a call at the timestep `now` is of; without one, that of whatever call comes next."""
