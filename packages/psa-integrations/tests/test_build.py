@@ -183,4 +183,5 @@ def test_models_are_known_by_their_configuration(
 
 def test_a_bare_14b_transformer_may_be_of_two_models() -> None:
     config = SimpleNamespace(num_layers=40, num_attention_heads=40, patch_size=(1, 2, 2), in_channels=16)
-    assert WanAdapter().model(SimpleNamespace(config=config), None) is None
+    for pipeline in (None, SimpleNamespace()):
+        assert WanAdapter().model(SimpleNamespace(config=config), pipeline) is None

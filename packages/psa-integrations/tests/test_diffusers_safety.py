@@ -1,5 +1,8 @@
 """What is touched, what is refused, and what survives."""
 
+import copy
+import io
+import threading
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -7,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ContextParallelConfig, FirstBlockCacheConfig
+from diffusers import ContextParallelConfig, FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers.hooks import apply_first_block_cache
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
@@ -58,6 +62,106 @@ def test_applying_twice_is_refused_until_removed(build: Build, sparse: Preset) -
         apply_pyramid_sparse_attention(pipeline.transformer_2, sparse)
     handle.remove()
     apply_pyramid_sparse_attention(pipeline, sparse).remove()
+
+
+def test_a_handle_is_used_up_by_its_removal(build: Build, sparse: Preset) -> None:
+    with apply_pyramid_sparse_attention(build("wan21"), sparse) as handle:
+        pass
+    handle.remove()
+    with pytest.raises(RuntimeError, match="has been removed: call apply_pyramid_sparse_attention again"), handle:
+        pass
+
+
+def test_one_transformer_in_both_places_is_served_once(build: Build, run: Run, full: Preset) -> None:
+    pipeline = build("wan22_a14b")
+    pipeline.transformer_2 = pipeline.transformer
+    expected = run(pipeline)
+    with pytest.raises(ValueError, match="preset_2 is for a second transformer"):
+        apply_pyramid_sparse_attention(pipeline, full, preset_2=full)
+    with apply_pyramid_sparse_attention(pipeline, full) as handle:
+        assert_same_but_for_rounding(run(pipeline), expected)
+        assert list(handle.presets) == ["transformer"]
+    assert torch.equal(run(pipeline), expected)
+
+
+def test_copies_and_pickles_are_refused_until_removed(build: Build, run: Run, sparse: Preset) -> None:
+    pipeline = build("wan21")
+    expected = run(pipeline)
+    transformer = pipeline.transformer
+    with apply_pyramid_sparse_attention(pipeline, sparse):
+        for take in (copy.deepcopy, lambda module: torch.save(module, io.BytesIO())):
+            for module in (transformer, transformer.blocks[0], transformer.attn_processors):
+                with pytest.raises(RuntimeError, match=r"cannot be copied or pickled with it: call remove\(\)"):
+                    take(module)
+    pipeline.transformer = copy.deepcopy(transformer)
+    assert torch.equal(run(pipeline), expected)
+
+
+@torch.no_grad()
+def test_a_second_thread_is_refused_while_the_first_is_in_a_forward(
+    build: Build, sparse: Preset, wan_call: Call
+) -> None:
+    transformer = build("wan21").transformer
+    with apply_pyramid_sparse_attention(transformer, sparse):
+        expected = transformer(**wan_call).sample
+        started, refused = threading.Event(), threading.Event()
+
+        def wait(module: nn.Module, args: Any) -> None:
+            started.set()
+            assert refused.wait(timeout=60)
+
+        found = []
+        first = threading.Thread(target=lambda: found.append(transformer(**wan_call).sample))
+        hook = transformer.blocks[0].register_forward_pre_hook(wait)
+        first.start()
+        assert started.wait(timeout=60)
+        with pytest.raises(RuntimeError, match="transformer is called from two threads at once"):
+            transformer(**wan_call)
+        refused.set()
+        first.join()
+        hook.remove()
+        assert torch.equal(found[0], expected)
+        # One after the other they may, after a failure too.
+        failed = []
+
+        def fail() -> None:
+            with pytest.raises(TypeError) as error:
+                transformer(**wan_call | {"encoder_hidden_states": None})
+            failed.append(error)
+
+        second = threading.Thread(target=fail)
+        second.start()
+        second.join()
+        assert failed
+        assert torch.equal(transformer(**wan_call).sample, expected)
+
+
+class PassesOn(WanTransformer3DModel):
+    """Names no argument itself."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class NamesSome(WanTransformer3DModel):
+    """Has the rest as keywords."""
+
+    def forward(self, hidden_states: Any, timestep: Any, *, own: int = 0, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, timestep, **kwargs)
+
+
+@pytest.mark.parametrize("subclass", [PassesOn, NamesSome])
+@torch.no_grad()
+def test_subclasses_with_a_signature_of_their_own(
+    subclass: type, build: Build, full: Preset, sparse: Preset, wan_call: Call
+) -> None:
+    transformer = build("wan21").transformer
+    expected = transformer(**wan_call).sample
+    transformer.__class__ = subclass
+    with apply_pyramid_sparse_attention(transformer, full):
+        assert_same_but_for_rounding(transformer(**wan_call, return_dict=False)[0], expected)
+    with apply_pyramid_sparse_attention(transformer, sparse):
+        assert not torch.equal(transformer(**wan_call, return_dict=False)[0], expected)
 
 
 def test_a_refusal_of_one_transformer_leaves_both_untouched(build: Build, run: Run, sparse: Preset) -> None:
@@ -256,9 +360,16 @@ def steps_before_the_error(run: Run, pipeline: Any, error: type[Exception], matc
     return len(done)
 
 
-def test_a_cache_is_refused_before_the_dense_steps(build: Build, run: Run, make_preset: MakePreset) -> None:
+@pytest.mark.parametrize("by_function", [False, True])
+def test_a_cache_is_refused_before_the_dense_steps(
+    by_function: bool, build: Build, run: Run, make_preset: MakePreset
+) -> None:
     pipeline = build("wan21")
-    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    config = FirstBlockCacheConfig(threshold=0.0)
+    if by_function:
+        apply_first_block_cache(pipeline.transformer, config)
+    else:
+        pipeline.transformer.enable_cache(config)
     with apply_pyramid_sparse_attention(pipeline, make_preset((1.0,) * 4, warmup_steps=3)):
         assert steps_before_the_error(run, pipeline, UnsupportedError, "cache") == 0
 

@@ -63,6 +63,11 @@ def test_nothing_known_is_none() -> None:
     assert StepFinder(object.__new__(type("Bare", (), {}))).find(1.0) is None
 
 
+def test_any_object_with_a_scheduler_tells_the_step() -> None:
+    pipeline = SimpleNamespace(scheduler=Pipeline([900.0, 600.0]).scheduler)
+    assert StepFinder(pipeline).find(torch.tensor([600.0])) == Step(1, 2)
+
+
 def test_by_hand_goes_before_context_and_context_before_schedule() -> None:
     pipeline = Pipeline([900.0, 600.0, 300.0])
     finder = StepFinder(pipeline)
@@ -112,14 +117,31 @@ def test_a_run_that_starts_part_of_the_way_in_counts_from_its_start(
 ) -> None:
     pipeline = Pipeline([900.0, 600.0, 300.0, 100.0], run_length, **scheduler)
     finder = StepFinder(pipeline)
-    assert finder.find(torch.tensor([600.0])) == Step(0, 3)
-    assert finder.find(torch.tensor([100.0])) == Step(2, 3)
+    for timestep, expected in ((600.0, Step(0, 3)), (100.0, Step(2, 3))):
+        pipeline.current_timestep = None if run_length is None else torch.tensor(timestep)
+        assert finder.find(torch.tensor([timestep])) == expected
 
 
 def test_the_length_of_an_earlier_run_does_not_count() -> None:
     pipeline = Pipeline([900.0, 600.0, 300.0], run_length=2)
     pipeline.current_timestep = None
     assert StepFinder(pipeline).find(torch.tensor([300.0])) == Step(2, 3)
+
+
+@pytest.mark.parametrize("run_length", [2, 7])
+def test_what_a_failed_run_leaves_in_its_pipeline_does_not_count(run_length: int) -> None:
+    pipeline = Pipeline([900.0, 600.0, 300.0], run_length)
+    pipeline.current_timestep = torch.tensor(950.0)
+    finder = StepFinder(pipeline)
+    assert [finder.find(torch.tensor([t])) for t in (900.0, 300.0)] == [Step(0, 3), Step(2, 3)]
+
+
+def test_a_schedule_whose_steps_are_all_taken_is_of_another_run() -> None:
+    """As where a second pipeline runs the same transformer by a scheduler of its own."""
+    pipeline = Pipeline([900.0, 600.0, 300.0], step_index=3)
+    assert StepFinder(pipeline).find(torch.tensor([600.0])) is None
+    pipeline.scheduler.step_index = 2
+    assert StepFinder(pipeline).find(torch.tensor([600.0])) == Step(1, 3)
 
 
 @pytest.mark.parametrize(("step_index", "expected"), [(None, Step(0, 4)), (1, Step(1, 4)), (2, Step(2, 4))])

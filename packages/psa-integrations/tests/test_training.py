@@ -1,6 +1,7 @@
 """Training through sparse attention: LoRA, gradient checkpointing, autocast."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from peft import LoraConfig
 
 from psa_config import Preset
-from psa_integrations import PyramidAttention, apply_pyramid_sparse_attention
+from psa_integrations import PyramidAttention, UnsupportedError, apply_pyramid_sparse_attention
+from psa_integrations.diffusers.compiled import count_dense
 from psa_masks import VideoGrid
 
 Call = dict[str, torch.Tensor]
@@ -66,6 +68,61 @@ def test_checkpointed_blocks_are_computed_anew_as_they_were(
     assert changed
     for name in changed:
         assert (dense[name] - expected[name]).abs().max() > 1e-3 * dense[name].abs().max()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_are_not_computed_anew_after_removal(
+    reentrant: bool, build_transformer: Callable[..., Any], wan_call: Call, sparse: Preset
+) -> None:
+    transformer = build_transformer("wan").train()
+    wan_call["hidden_states"].requires_grad_()
+    transformer.enable_gradient_checkpointing(
+        lambda block, *args: torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=reentrant)
+    )
+    with apply_pyramid_sparse_attention(transformer, sparse):
+        output = transformer(**wan_call, return_dict=False)[0]
+    with pytest.raises(RuntimeError, match=r"call backward\(\) before remove\(\)"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_other_checkpoints_go_around_the_whole_transformer_not_around_blocks(
+    reentrant: bool, build_transformer: Callable[..., Any], wan_call: Call, sparse: Preset
+) -> None:
+    torch.manual_seed(0)
+    transformer = build_transformer("wan").train().double()
+    call = in_double(wan_call)
+    call["hidden_states"].requires_grad_()
+    checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+    with apply_pyramid_sparse_attention(transformer, sparse) as handle:
+        expected = gradients(transformer, [call])
+        assert handle.stats().calls == 2
+        transformer.zero_grad()
+        rest = {name: x for name, x in call.items() if name != "hidden_states"}
+        checkpoint(
+            lambda x: transformer(x, **rest, return_dict=False)[0], call["hidden_states"]
+        ).square().mean().backward()
+        assert_same_gradients({name: p.grad for name, p in transformer.named_parameters()}, expected)
+        assert handle.stats().calls == 2 * 2
+        block = transformer.blocks[1]
+        block.forward = partial(checkpoint, block.forward)
+        with pytest.raises(UnsupportedError, match=r"layer 1 of transformer is computed anew.*enable_gradient_check"):
+            gradients(transformer, [call])
+
+
+def test_what_inference_mode_made_is_good_for_training(
+    build_transformer: Callable[..., Any], wan_call: Call, sparse: Preset
+) -> None:
+    transformer = build_transformer("wan").train()
+    with torch.inference_mode():
+        handle = apply_pyramid_sparse_attention(transformer, sparse)
+        transformer(**wan_call)
+    with handle:
+        transformer(**wan_call, return_dict=False)[0].sum().backward()
+        assert transformer.blocks[0].attn1.to_q.weight.grad is not None
+        # As compiled blocks do in a dense layer.
+        torch.compile(count_dense, backend="aot_eager", fullgraph=True)(transformer.blocks[0].attn1.processor.ticket)
+        assert handle.stats().calls == 2 * 2 + 1
 
 
 @pytest.mark.parametrize("autocast", [False, True])

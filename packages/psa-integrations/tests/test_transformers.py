@@ -338,6 +338,19 @@ def test_dropout_is_refused_or_dense_as_chosen(sparse_preset: Preset) -> None:
         model(**prompts())
 
 
+def test_attention_weights_are_refused_or_left_to_sdpa(sparse_preset: Preset) -> None:
+    model = llama()
+    for choice in ("raise", "dense"):
+        register_pyramid_attention(sparse_preset, on_unsupported=choice)
+        model.set_attn_implementation("psa")
+        if choice == "raise":
+            with pytest.raises(UnsupportedError, match="output_attentions, whose weights are never computed"):
+                model(**prompts(), output_attentions=True)
+        else:
+            with pytest.warns(UserWarning, match="output_attentions"):
+                model(**prompts(), output_attentions=True)
+
+
 def test_a_window_longer_than_the_keys_hides_none(level_1: RegisteredAttention) -> None:
     model = mistral(4096)
     dense, ours = both(model, lambda model: model(**prompts()).logits)

@@ -77,7 +77,11 @@ class StepFinder:
     def __init__(self, pipeline: object | None = None) -> None:
         # A strong reference would close a cycle through the transformer's hooks, and its memory would only be
         # freed by a garbage collection.
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._pipeline: Callable[[], object | None]
+        try:
+            self._pipeline = weakref.ref(pipeline)
+        except TypeError:  # of None, and of bags of attributes such as SimpleNamespace
+            self._pipeline = lambda: pipeline
         self._by_hand: Step | None = None
         self._from_context: Step | None = None
         self.listeners: list[Callable[[Step | None], None]] = []
@@ -115,8 +119,10 @@ class StepFinder:
         known = self._known()
         if known is not None:
             return known
-        run = self._run()
-        return None if run is None else run.find(timestep)
+        # Image to video gives the tokens of the given frame timestep 0, so the largest one is the step's.
+        now = torch.as_tensor(timestep).max()
+        run = self._run(now)
+        return None if run is None else run.find(now)
 
     def _known(self) -> Step | None:
         """The step that `at` or a cache context names."""
@@ -132,7 +138,7 @@ class StepFinder:
         now = getattr(self._living_pipeline(), "current_timestep", None)
         if run is None or now is None:
             return None
-        return run.find(now) if run.index() is None else run.index()
+        return run.index() or run.find(torch.as_tensor(now))
 
     def _tell(self, step: Step | None) -> None:
         for listen in self.listeners:
@@ -145,22 +151,33 @@ class StepFinder:
         return None if scheduler is None else type(scheduler).__name__
 
     def _living_pipeline(self) -> Any:
-        return None if self._pipeline is None else self._pipeline()
+        return self._pipeline()
 
-    def _run(self) -> "_Run | None":
+    def _run(self, now: torch.Tensor | None = None) -> "_Run | None":
+        """The run that a call at the timestep `now` is of; without one, that of whatever call comes next."""
         pipeline = self._living_pipeline()
         scheduler = getattr(pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         # Before set_timesteps a scheduler lists its training timesteps, which are no run.
         if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
             return None
+        # All of its steps are taken: the call is of a run that this scheduler knows nothing of.
+        if (getattr(scheduler, "step_index", None) or 0) >= len(timesteps):
+            return None
         # Video to video starts part of the way in. Where the scheduler was not told so, the pipeline in its loop
         # knows how many steps it makes; outside of the loop that number is of an earlier run.
         first = getattr(scheduler, "begin_index", None)
         if first is None:
-            looping = getattr(pipeline, "current_timestep", None) is not None
-            first = len(timesteps) - pipeline.num_timesteps if looping else 0
-        return _Run(scheduler, timesteps, first)
+            first = len(timesteps) - pipeline.num_timesteps if _in_loop(pipeline, now) else 0
+        return _Run(scheduler, timesteps, max(first, 0))
+
+
+def _in_loop(pipeline: Any, now: torch.Tensor | None) -> bool:
+    """Whether `pipeline` is in its loop, and a call at `now` is of it: a run that failed leaves its timestep behind."""
+    current = getattr(pipeline, "current_timestep", None)
+    if current is None or now is None:
+        return current is not None
+    return bool(torch.as_tensor(current).to(now) == now)
 
 
 @dataclass(frozen=True)
@@ -175,9 +192,8 @@ class _Run:
     def total(self) -> int:
         return len(self.schedule) - self.first
 
-    def find(self, timestep: torch.Tensor | float) -> Step | None:
-        # Image to video gives the tokens of the given frame timestep 0, so the largest one is the step's.
-        now = torch.as_tensor(timestep).max()
+    def find(self, now: torch.Tensor) -> Step | None:
+        """The step at the timestep `now`, of no dimensions."""
         schedule = self.schedule[self.first :]
         # In the rounding of the timestep: a bfloat16 one may be exactly a neighbour of the entry it stands for.
         schedule = schedule.to(now.dtype) if now.is_floating_point() else schedule

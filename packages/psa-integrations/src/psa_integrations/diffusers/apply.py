@@ -32,6 +32,7 @@ class AppliedAttention:
         self._sites = sites
         self._finder = finder
         self._stats = stats
+        self._removed = False
 
     @property
     def presets(self) -> dict[str, Preset]:
@@ -79,8 +80,11 @@ class AppliedAttention:
             site.remove()
             _log.info("%s is as it was", site.name)
         self._sites = []
+        self._removed = True
 
     def __enter__(self) -> "AppliedAttention":
+        if self._removed:
+            raise RuntimeError("this handle has been removed: call apply_pyramid_sparse_attention again")
         return self
 
     def __exit__(
@@ -171,11 +175,12 @@ def apply_pyramid_sparse_attention(
 def _transformers(given: object) -> tuple[object | None, dict[str, nn.Module]]:
     if isinstance(given, nn.Module):
         return None, {"transformer": given}
-    found = {
-        name: module
-        for name in ("transformer", "transformer_2")
-        if isinstance(module := getattr(given, name, None), nn.Module)
-    }
+    found: dict[str, nn.Module] = {}
+    for name in ("transformer", "transformer_2"):
+        module = getattr(given, name, None)
+        # One module may serve both stages.
+        if isinstance(module, nn.Module) and module not in found.values():
+            found[name] = module
     if not found:
         raise TypeError(
             "pipeline_or_transformer must be a diffusers pipeline with a transformer, or a transformer, "

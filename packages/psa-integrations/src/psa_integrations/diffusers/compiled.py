@@ -54,7 +54,9 @@ def tickets(site: Site, how_many: int) -> list[Tensor]:
     """That many, one a layer, int64 [2] on the CPU, where reading them waits for nothing."""
     number = next(_NUMBERS)
     _SITES[number] = site
-    return [torch.tensor([number, layer], device="cpu") for layer in range(how_many)]
+    # Operators write to them, in inference mode and out of it, whichever this is called in.
+    with torch.inference_mode(False):
+        return [torch.tensor([number, layer], device="cpu") for layer in range(how_many)]
 
 
 @torch.library.custom_op("psa_integrations::attend", mutates_args=())

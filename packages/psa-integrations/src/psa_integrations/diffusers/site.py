@@ -1,6 +1,5 @@
 """One transformer with the integration on it: its hooks, its processors, and the forward under way."""
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Literal
 
-from torch import Tensor, cat, is_grad_enabled, nn
+from torch import _C, Tensor, cat, is_grad_enabled, nn
 from torch.compiler import disable, is_compiling
 from torch.utils.hooks import RemovableHandle
 
@@ -24,6 +23,8 @@ from psa_integrations.build import (
 )
 from psa_integrations.content_orders import ContentOrders
 from psa_integrations.diffusers.adapter import Adapter, Order, Processor
+from psa_integrations.diffusers.arguments import ForwardArguments
+from psa_integrations.diffusers.caches import has_cache
 from psa_integrations.diffusers.compiled import (
     OrderInGraph,
     attend,
@@ -35,6 +36,7 @@ from psa_integrations.diffusers.compiled import (
     tickets,
 )
 from psa_integrations.diffusers.parallel import parallel_problem, ulysses_of
+from psa_integrations.diffusers.threads import OneThread
 from psa_integrations.recording import LevelRecorder
 from psa_integrations.stats import StatsRecorder
 from psa_integrations.steps import Step, StepFinder, is_dense_step
@@ -108,8 +110,8 @@ class TransformerSite:
         self._stats = stats
         self._on_unsupported = on_unsupported
         self._impl = impl
-        self._signature = inspect.signature(type(transformer).forward)
-        self._names = tuple(self._signature.parameters)[1:]
+        self._arguments = ForwardArguments(type(transformer))
+        self._threads = OneThread(name, transformer)
         self._begin_outside = self._begin_eager
         self._order_ticket: Tensor | None = None
         self.active = False
@@ -121,12 +123,28 @@ class TransformerSite:
         self._cache_context: Any = None
         self._checkpoint: Callable[..., Any] | None = None
         self._recomputing = False
+        # Whether a forward is under way; where the whole transformer is compiled nobody sees its end.
+        self._in_forward = False
+        # Whether tokens go through some steps in another order than through others.
+        self._orders_change = self._sparse is not None and bool(
+            self._sparse.use_rearrange and (self._sparse.warmup_steps or self._sparse.cooldown_steps)
+        )
+        self._has_cache = False
         self._warned = False
         self._warned_of_dense_run = False
         self._step: int | None = None
         self._last: Step | None = None
         self._current: SparseForward | None = None
         self._dense_layers = frozenset[int]() if self._sparse is None else frozenset(self._sparse.dense_layers)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Hooks of a copy would follow the forwards of this transformer, and no handle could take them off.
+        if self.active:
+            raise RuntimeError(
+                f"{self.name} has pyramid sparse attention, which cannot be copied or pickled with it: call remove() "
+                "on its handle first, or take the state_dict"
+            )
+        return super().__reduce_ex__(protocol)
 
     def check(self) -> None:
         """Refuses, before anything is touched, what the integration cannot work with."""
@@ -216,14 +234,28 @@ class TransformerSite:
         return sparse
 
     def count_dense(self, layer: int) -> None:
-        """Notes a dense call of a layer."""
-        if not self._recomputing:
+        """Notes a dense call of a layer.
+
+        Raises:
+            UnsupportedError: if it comes in a backward pass and belongs to no forward that has begun.
+        """
+        if not self._computed_anew():
             self._stats.dense((self.name, self._step, layer))
+        elif self._sparse is not None and not self._recomputing and not self._in_forward:
+            raise UnsupportedError(
+                f"layer {layer} of {self.name} is computed anew for its gradients, and nothing tells of which forward: "
+                f"instead of checkpoints around its blocks use {type(self.transformer).__name__}'s "
+                "enable_gradient_checkpointing()"
+            )
 
     def count_sparse(self, layer: int, density: Tensor) -> None:
         """Notes a sparse call of a layer and what it executes."""
-        if not self._recomputing:
+        if not self._computed_anew():
             self._stats.sparse((self.name, self._step, layer), density)
+
+    def _computed_anew(self) -> bool:
+        """Whether the call repeats one: in a checkpoint bound here, or else in the backward pass."""
+        return self._recomputing or _C._current_graph_task_id() != -1
 
     def attend(
         self, processor: Processor, query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None = None
@@ -342,6 +374,7 @@ class TransformerSite:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         if not is_compiling():
+            self._threads.enter()
             return self._begin_eager(module, args, kwargs)
         if self._announced is not None:
             return self._begin_in_graph(module, args, kwargs)
@@ -349,10 +382,11 @@ class TransformerSite:
 
     def _begin_eager(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         self._current = None
+        self._in_forward = True
         self._bind_checkpoint(module)
         self._check_processors()
-        call = dict(self._signature.bind(module, *args, **kwargs).arguments)
-        call.pop("self")
+        self._look_for_caches()
+        call = self._arguments.by_name(args, kwargs)
         step = self._finder.find(call["timestep"])
         self._step = None if step is None else step.index
         self._follow(step)
@@ -404,10 +438,11 @@ class TransformerSite:
     def _begin_in_graph(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         """`_begin` where the whole transformer is compiled: one graph for dense steps, and one for sparse ones."""
         self._current = None
+        self._in_forward = True
         self._check_processors()
         if self._sparse is None:
             return None
-        call = dict(zip(self._names, args, strict=False)) | kwargs
+        call = dict(zip(self._arguments.names, args, strict=False)) | kwargs
         grid = self._grid_served(module, call)
         if grid is None:
             return None
@@ -443,7 +478,11 @@ class TransformerSite:
             )
         self._step = None if step is None else step.index
         if step is not None:
+            self._look_for_caches()
             self._follow(step)
+
+    def _look_for_caches(self) -> None:
+        self._has_cache = self._orders_change and has_cache(self.transformer)
 
     def _order(self) -> Order | None:
         return None if self._current is None else self._current.order
@@ -451,6 +490,9 @@ class TransformerSite:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._current = None
         self._release_checkpoint()
+        if not is_compiling():
+            self._in_forward = False
+            self._threads.leave()
 
     def _bind_checkpoint(self, module: Any) -> None:
         """For the forward that begins, has gradient checkpointing compute blocks anew as they were computed in it.
@@ -467,6 +509,11 @@ class TransformerSite:
 
             def run(*inputs: Any, **options: Any) -> Any:
                 nonlocal first
+                if not first and current is not None and not self.active:
+                    raise RuntimeError(
+                        f"a block of {self.name} is computed anew for its gradients after remove(), and would not be "
+                        "as it was: call backward() before remove()"
+                    )
                 before = self._current, self._step, self._recomputing
                 self._current, self._step, self._recomputing, first = current, step, not first, False
                 try:
@@ -538,8 +585,7 @@ class TransformerSite:
         )
         if problem is not None:
             return self._supported(problem)
-        some_dense = self._sparse.warmup_steps or self._sparse.cooldown_steps
-        if self._sparse.use_rearrange and some_dense and getattr(module, "is_cache_enabled", False):
+        if self._has_cache:
             return self._supported(
                 "a diffusers cache would carry tokens from a dense step into a sparse one, in another order"
             )

@@ -37,9 +37,10 @@ class WanAdapter(Adapter):
             return "Wan2.2_5B"
         if (config.num_layers, config.num_attention_heads) == (30, 12):
             return "Wan2.1_1.3b"
-        if (config.num_layers, config.num_attention_heads) == (40, 40) and pipeline is not None:
+        of_pipeline = getattr(pipeline, "config", None)
+        if (config.num_layers, config.num_attention_heads) == (40, 40) and of_pipeline is not None:
             # The transformers of 2.1 14B and of 2.2 A14B have one shape; only the pipeline tells them apart.
-            two_stages = getattr(pipeline.config, "boundary_ratio", None) is not None
+            two_stages = getattr(of_pipeline, "boundary_ratio", None) is not None
             return "Wan2.2_A14B" if two_stages else "Wan2.1_14b"
         return None
 

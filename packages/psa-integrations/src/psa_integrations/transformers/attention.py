@@ -140,6 +140,8 @@ class PyramidAttentionFunction:
                 return f"{name}, which changes the softmax"
         if dropout > 0:
             return f"dropout {dropout}"
+        if options.get("output_attentions"):
+            return "output_attentions, whose weights are never computed"
         if key.shape[2] < query.shape[2]:
             return f"{query.shape[2]} queries of {key.shape[2]} keys, which is no causal self-attention"
         if value.shape[3] != key.shape[3]:

@@ -53,8 +53,9 @@ def register_pyramid_attention(
         name: what to pass as `attn_implementation`, alone or for a part of a model, as in `{"text_config": "psa"}`.
         min_queries: the shortest prefill, or part of one, that is worth it; None is the preset's query block.
         on_unsupported: what to do in a prefill with dropout, a sliding window shorter than the keys, a mask that is not
-            causal with padding, other additions to the softmax, or a head_dim that the implementation lacks. `"raise"`
-            raises an UnsupportedError; `"dense"` warns once and leaves it to SDPA, which itself refuses soft-capping.
+            causal with padding, other additions to the softmax, `output_attentions`, or a head_dim that the
+            implementation lacks. `"raise"` raises an UnsupportedError; `"dense"` warns once and leaves it to SDPA,
+            which itself refuses soft-capping.
         impl: implementation of the operators, see psa_kernels.pyramid_attention. `"triton"` on tensors that are not on
             a GPU is a ValueError of the first prefill.
 
