@@ -37,7 +37,8 @@ def _permute_kernel(
     for first in tl.static_range(0, HEAD_DIM, DIM_TILE):
         dim = (first + tl.arange(0, DIM_TILE)).to(tl.int64)
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
-        x = tl.load(x_ptr + token[:, None] * x_strides[2] + dim[None, :] * x_strides[3], mask=mask)  # [ROWS, DIM_TILE]
+        offset = token[:, None] * x_strides[2] + dim[None, :] * x_strides[3]  # [ROWS, DIM_TILE]
+        x = tl.load(x_ptr + offset, mask=mask, other=0)
         tl.store(out_ptr + place[:, None] * HEAD_DIM + dim[None, :], x, mask=mask)
 
 

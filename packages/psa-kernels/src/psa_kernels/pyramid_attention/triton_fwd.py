@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from psa_kernels.checks import MAX_HEAD_DIM
 from psa_kernels.pyramid_attention.ops import empty_out, lse_dtype
 from psa_kernels.pyramid_attention.tiles import choose_tile
 from psa_kernels.pyramid_attention.triton_order import heavy_first
@@ -436,9 +437,9 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, q_len, head_dim = query.shape
-    if query.dtype == torch.float64 or head_dim > 256:
+    if query.dtype == torch.float64 or head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            "impl='triton' takes float16, bfloat16 or float32 with head_dim up to 256, "
+            f"impl='triton' takes float16, bfloat16 or float32 with head_dim up to {MAX_HEAD_DIM}, "
             f"got {query.dtype} with head_dim {head_dim}"
         )
     indices, offsets = indices.contiguous(), offsets.contiguous()
