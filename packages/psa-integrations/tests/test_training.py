@@ -70,6 +70,19 @@ def test_checkpointed_blocks_are_computed_anew_as_they_were(
         assert (dense[name] - expected[name]).abs().max() > 1e-3 * dense[name].abs().max()
 
 
+def test_a_checkpoint_chosen_after_a_failed_forward_stays(
+    build_transformer: Callable[..., Any], wan_call: Call, sparse: Preset
+) -> None:
+    transformer = build_transformer("wan").train()
+    transformer.enable_gradient_checkpointing()
+    with apply_pyramid_sparse_attention(transformer, sparse):
+        with pytest.raises(TypeError):
+            transformer(**wan_call | {"encoder_hidden_states": None})
+        chosen = partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+        transformer.enable_gradient_checkpointing(chosen)
+    assert transformer._gradient_checkpointing_func is chosen
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_blocks_are_not_computed_anew_after_removal(
     reentrant: bool, build_transformer: Callable[..., Any], wan_call: Call, sparse: Preset

@@ -121,7 +121,8 @@ class TransformerSite:
         self._processors: list[tuple[Any, Processor]] = []
         self._hooks: list[RemovableHandle] = []
         self._cache_context: Any = None
-        self._checkpoint: Callable[..., Any] | None = None
+        # The model's own checkpoint function and what stands in for it in the forward under way.
+        self._checkpoint: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self._recomputing = False
         # Whether a forward is under way; where the whole transformer is compiled nobody sees its end.
         self._in_forward = False
@@ -502,7 +503,7 @@ class TransformerSite:
         self._release_checkpoint()
         if not (getattr(module, "gradient_checkpointing", False) and is_grad_enabled()):
             return
-        original = self._checkpoint = module._gradient_checkpointing_func
+        original = module._gradient_checkpointing_func
 
         def checkpoint(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             current, step, first = self._current, self._step, True
@@ -524,11 +525,16 @@ class TransformerSite:
             return original(run, *args, **kwargs)
 
         module._gradient_checkpointing_func = checkpoint
+        self._checkpoint = original, checkpoint
 
     def _release_checkpoint(self) -> None:
-        if self._checkpoint is not None:
-            self.transformer._gradient_checkpointing_func = self._checkpoint
-            self._checkpoint = None
+        if self._checkpoint is None:
+            return
+        original, bound = self._checkpoint
+        # A forward that failed did not release it, and another may have been chosen since.
+        if self.transformer._gradient_checkpointing_func is bound:
+            self.transformer._gradient_checkpointing_func = original
+        self._checkpoint = None
 
     def _forward_of(self, grid: VideoGrid | None) -> SparseForward:
         forward = self._current if grid is None else self._forward(grid)
