@@ -1,6 +1,9 @@
 """Presets to masks: the one place where configuration meets the mask and token-order code."""
 
+from dataclasses import replace
 from typing import Literal
+
+from torch import cat
 
 from psa_config import DenseAttention, Preset, PyramidSparseAttention, load_presets
 from psa_integrations.clusters import ClusterOrders
@@ -74,13 +77,26 @@ def mask_policy(
     )
 
 
-def token_order(attention: PyramidSparseAttention, grid: VideoGrid) -> TokenOrder | None:
+def token_order(attention: PyramidSparseAttention, grid: VideoGrid, frames_apart: int = 0) -> TokenOrder | None:
     """The order in which `attention` wants the tokens of `grid`, None where they stay as they are.
 
     With orders by content it is that of the queries, within which clusters keep and in which blocks are cut.
+
+    Args:
+        attention: of a preset.
+        grid: of the sequence; without text if frames are apart.
+        frames_apart: so many of the first frames have an order of their own, and stay first.
     """
     if not attention.use_rearrange:
         return None
+    if not 0 < frames_apart < grid.frames:
+        return _order(attention, grid)
+    first, rest = (replace(grid, frames=frames) for frames in (frames_apart, grid.frames - frames_apart))
+    before = _order(attention, first).order
+    return TokenOrder(cat([before, _order(attention, rest).order + len(before)]))
+
+
+def _order(attention: PyramidSparseAttention, grid: VideoGrid) -> TokenOrder:
     if attention.rearrange_method != "Cube":
         return gilbert_order(grid)
     return cube_order(grid, attention.tile_size, along=_CUBES_ALONG[attention.cubes_along])

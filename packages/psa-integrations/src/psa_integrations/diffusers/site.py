@@ -1,13 +1,13 @@
 """One transformer with the integration on it: its hooks, its processors, and the forward under way."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any, Literal
 
-from torch import _C, Tensor, cat, is_grad_enabled, nn
+from torch import _C, Tensor, nn
 from torch.compiler import disable, is_compiling
 from torch.utils.hooks import RemovableHandle
 
@@ -25,6 +25,7 @@ from psa_integrations.content_orders import ContentOrders
 from psa_integrations.diffusers.adapter import Adapter, Order, Processor
 from psa_integrations.diffusers.arguments import ForwardArguments
 from psa_integrations.diffusers.caches import has_cache
+from psa_integrations.diffusers.checkpoints import AsItWas, BoundCheckpoint
 from psa_integrations.diffusers.compiled import (
     OrderInGraph,
     attend,
@@ -122,7 +123,7 @@ class TransformerSite:
         self._hooks: list[RemovableHandle] = []
         self._cache_context: Any = None
         # The model's own checkpoint function and what stands in for it in the forward under way.
-        self._checkpoint: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self._checkpoint = BoundCheckpoint(transformer, self._keep)
         self._recomputing = False
         # Whether a forward is under way; where the whole transformer is compiled nobody sees its end.
         self._in_forward = False
@@ -209,7 +210,7 @@ class TransformerSite:
             del self.transformer.__dict__["cache_context"]
         if self._announce in self._finder.listeners:
             self._finder.listeners.remove(self._announce)
-        self._release_checkpoint()
+        self._checkpoint.release()
         self._hooks, self._processors, self._cache_context = [], [], None
         self._forwards.clear()
         self.active = False
@@ -384,7 +385,7 @@ class TransformerSite:
     def _begin_eager(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         self._current = None
         self._in_forward = True
-        self._bind_checkpoint(module)
+        self._checkpoint.bind()
         self._check_processors()
         self._look_for_caches()
         call = self._arguments.by_name(args, kwargs)
@@ -490,51 +491,30 @@ class TransformerSite:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._current = None
-        self._release_checkpoint()
+        self._checkpoint.release()
         if not is_compiling():
             self._in_forward = False
             self._threads.leave()
 
-    def _bind_checkpoint(self, module: Any) -> None:
-        """For the forward that begins, has gradient checkpointing compute blocks anew as they were computed in it.
+    def _keep(self) -> AsItWas:
+        """The forward under way, for a block of it that is computed anew later."""
+        current, step = self._current, self._step
 
-        That happens in the backward pass, when no forward is under way, or another one was since.
-        """
-        self._release_checkpoint()
-        if not (getattr(module, "gradient_checkpointing", False) and is_grad_enabled()):
-            return
-        original = module._gradient_checkpointing_func
+        @contextmanager
+        def as_it_was(anew: bool) -> Iterator[None]:
+            if anew and current is not None and not self.active:
+                raise RuntimeError(
+                    f"a block of {self.name} is computed anew for its gradients after remove(), and would not be "
+                    "as it was: call backward() before remove()"
+                )
+            before = self._current, self._step, self._recomputing
+            self._current, self._step, self._recomputing = current, step, anew
+            try:
+                yield
+            finally:
+                self._current, self._step, self._recomputing = before
 
-        def checkpoint(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            current, step, first = self._current, self._step, True
-
-            def run(*inputs: Any, **options: Any) -> Any:
-                nonlocal first
-                if not first and current is not None and not self.active:
-                    raise RuntimeError(
-                        f"a block of {self.name} is computed anew for its gradients after remove(), and would not be "
-                        "as it was: call backward() before remove()"
-                    )
-                before = self._current, self._step, self._recomputing
-                self._current, self._step, self._recomputing, first = current, step, not first, False
-                try:
-                    return block(*inputs, **options)
-                finally:
-                    self._current, self._step, self._recomputing = before
-
-            return original(run, *args, **kwargs)
-
-        module._gradient_checkpointing_func = checkpoint
-        self._checkpoint = original, checkpoint
-
-    def _release_checkpoint(self) -> None:
-        if self._checkpoint is None:
-            return
-        original, bound = self._checkpoint
-        # A forward that failed did not release it, and another may have been chosen since.
-        if self.transformer._gradient_checkpointing_func is bound:
-            self.transformer._gradient_checkpointing_func = original
-        self._checkpoint = None
+        return as_it_was
 
     def _forward_of(self, grid: VideoGrid | None) -> SparseForward:
         forward = self._current if grid is None else self._forward(grid)
@@ -544,29 +524,14 @@ class TransformerSite:
     def _forward(self, grid: VideoGrid) -> SparseForward:
         assert self._sparse is not None
         if grid not in self._forwards:
+            video = replace(grid, text=0)
             self._forwards[grid] = SparseForward(
                 grid,
                 mask_policy(self._sparse, grid),
-                self._token_order(grid),
+                token_order(self._sparse, video, self._adapter.frames_apart(self.transformer)),
                 content_orders(self._sparse, grid),
             )
         return self._forwards[grid]
-
-    def _token_order(self, grid: VideoGrid) -> TokenOrder | None:
-        """The order of the video tokens of `grid`."""
-        assert self._sparse is not None
-        first = min(self._adapter.frames_apart(self.transformer), grid.frames)
-        parts, start = [], 0
-        for frames in (first, grid.frames - first):
-            if frames == 0:
-                continue
-            part = VideoGrid(frames=frames, height=grid.height, width=grid.width)
-            order = token_order(self._sparse, part)
-            if order is None:
-                return None
-            parts.append(order.order + start)
-            start += len(order)
-        return TokenOrder(cat(parts))
 
     def _grid_served(self, module: nn.Module, call: dict[str, Any]) -> VideoGrid | None:
         """The tokens of a call that can run sparse, None where it cannot."""
