@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
+from options import whole
 from quality_capture import Size, capture
 from quality_fields import FIELDS, make_inputs
 from quality_policies import BLOCK, TAILED, quota
@@ -151,8 +152,8 @@ def _ordered(query: Tensor, key: Tensor, value: Tensor, order: TokenOrder) -> tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--draws", type=int, default=1, help="of each field")
+    parser.add_argument("--prompts", type=whole, default=2)
+    parser.add_argument("--draws", type=whole, default=1, help="of each field")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     on_gpu = torch.device(options.device).type == "cuda"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from options import whole
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -110,9 +111,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, levels: Tensor, group: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=8, help="of 64x64 pixels, 256 tokens each; an even number")
+    parser.add_argument("--steps", type=whole, default=8)
+    parser.add_argument("--frames", type=whole, default=8, help="of 64x64 pixels, 256 tokens each; an even number")
     options = parser.parse_args()
+    if options.frames % 2:
+        parser.error(f"--frames must be even, got {options.frames}")
+    if options.steps < 2:
+        parser.error(f"--steps must be at least 2, got {options.steps}")
     grid = VideoGrid(frames=options.frames, height=16, width=16)
     with torch.no_grad():
         caught = catch(grid, options.steps)

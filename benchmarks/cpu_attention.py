@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from options import whole
 from torch.nn.functional import scaled_dot_product_attention
 
 import psa_kernels
@@ -44,8 +45,8 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=whole, default=2)
+    parser.add_argument("--repeats", type=whole, default=5)
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

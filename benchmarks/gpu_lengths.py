@@ -323,8 +323,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     parser.add_argument("--json", type=Path, help="also write the raw numbers to this file")
     options = parser.parse_args()
-    if any(length < BLOCK or length % BLOCK for length in options.length or ()):
-        parser.error(f"--length must be a positive multiple of {BLOCK}")
+    for length in options.length or ():
+        if length < BLOCK or length % BLOCK:
+            parser.error(f"--length must be a positive multiple of {BLOCK}, got {length}")
     options.group = options.group or GROUPS
     options.length = sorted(set(options.length or LENGTHS))
     return options

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from options import whole
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -153,7 +154,7 @@ def tables(length: int, heads: int, kv_heads: int, head_dim: int, device: torch.
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--length", type=int, action="append", help="tokens, may be repeated")
+    parser.add_argument("--length", type=whole, action="append", help="tokens, may be repeated")
     parser.add_argument("--tiny", action="store_true", help="a small shape, on the CPU, to see that it runs")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     options = parser.parse_args(arguments)

@@ -249,7 +249,7 @@ def texts_of(results: Mapping[str, Any]) -> dict[str, str]:
     texts = parts_of_page(results, ROWS)
     if {"attention", "fields"} <= results.keys():
         pages = (Path(__file__).with_name("results") / name for name in ("gpu_orders.md", "gpu_attention.md"))
-        texts["equal-time"] = equal_time_table(results, ROWS, *(page.read_text() for page in pages))
+        texts["equal-time"] = equal_time_table(results, ROWS, *(page.read_text(encoding="utf-8") for page in pages))
     return texts
 
 
@@ -261,9 +261,9 @@ def main() -> None:
     results = merged(options.json)
     for name, part in results.items():
         if name in DRAW:
-            (options.docs / f"quality-{name}.svg").write_text(DRAW[name](part, ROWS))
+            (options.docs / f"quality-{name}.svg").write_text(DRAW[name](part, ROWS), encoding="utf-8")
     page = options.docs / "quality.md"
-    page.write_text(fill(page.read_text(), texts_of(results)))
+    page.write_text(fill(page.read_text(encoding="utf-8"), texts_of(results)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from options import whole
 from quality_capture import Inputs, Size, capture
 from quality_fields import FIELDS, make_inputs
 from quality_metrics import Case, geometric_mean, spread
@@ -203,22 +204,19 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only-new", action="store_true", help="only points that the file of --json lacks")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--size", type=int, nargs=3, default=[16, 64, 64], metavar=("FRAMES", "HEIGHT", "WIDTH"))
-    parser.add_argument("--prompts", type=int, default=2, help="attention: prompts, each with a seed of its own")
-    parser.add_argument("--draws", type=int, default=2, help="fields: samples of each setting")
-    parser.add_argument("--grid", type=int, nargs=3, default=[16, 16, 16], help="fields: frames, rows, columns")
-    parser.add_argument("--pairs", type=int, default=32, help="videos: pairs of prompt and seed")
-    parser.add_argument("--steps", type=int, default=20, help="videos: denoising steps")
+    parser.add_argument("--size", type=whole, nargs=3, default=[16, 64, 64], metavar=("FRAMES", "HEIGHT", "WIDTH"))
+    parser.add_argument("--prompts", type=whole, default=2, help="attention: prompts, each with a seed of its own")
+    parser.add_argument("--draws", type=whole, default=2, help="fields: samples of each setting")
+    parser.add_argument("--grid", type=whole, nargs=3, default=[16, 16, 16], help="fields: frames, rows, columns")
+    parser.add_argument("--pairs", type=whole, default=32, help="videos: pairs of prompt and seed")
+    parser.add_argument("--steps", type=whole, default=20, help="videos: denoising steps")
     parser.add_argument("--warmup", type=int, default=5, help="videos: dense steps at the start")
-    parser.add_argument("--batch", type=int, default=1, help="videos made at once; 32 fill a large GPU")
+    parser.add_argument("--batch", type=whole, default=1, help="videos made at once; 32 fill a large GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no point after this time")
-    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--threads", type=whole, help="of torch on a CPU")
     parser.add_argument("--json", type=Path, help="add the numbers to this file, after each part")
     parser.add_argument("--commit", help="of this code, for the file; default: as git says")
     options = parser.parse_args(given)
-    for name in ("prompts", "draws", "pairs", "steps", "batch"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.only_new and options.json is None:
         parser.error("--only-new needs --json, which says what is measured already")
     try:

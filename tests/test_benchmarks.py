@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gpu_backward
 import gpu_lengths
+import gpu_prefill
 import pytest
 import torch
 
@@ -114,6 +115,14 @@ def test_forwards_of_several_runs_make_one_table(
     with pytest.raises(SystemExit):
         benchmark.main(["--models", "wan2.2-5b,wan3"])
     assert "must be none or some of wan2.1-1.3b,cogvideox-5b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "x", "\u0664"])
+def test_a_count_that_is_none_is_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        gpu_prefill.main(["--tiny", f"--length={text}"])
+    assert exit_.value.code == 2
+    assert f"argument --length: must be a whole number of at least 1, got {text}" in capsys.readouterr().err
 
 
 def test_two_processes_make_the_table_of_one_forward(tmp_path: Path) -> None:

@@ -570,10 +570,10 @@ def test_a_page_without_markers_is_refused():
 
 def test_the_page_and_plots_are_those_of_the_committed_numbers():
     results = plot_quality.merged(sorted((ROOT / "benchmarks/results").glob("quality_*.json")))
-    page = (ROOT / "docs/quality.md").read_text()
+    page = (ROOT / "docs/quality.md").read_text(encoding="utf-8")
     assert fill(page, plot_quality.texts_of(results)) == page
     for name, draw in plot_quality.DRAW.items():
-        drawn = (ROOT / f"docs/quality-{name}.svg").read_text()
+        drawn = (ROOT / f"docs/quality-{name}.svg").read_text(encoding="utf-8")
         ElementTree.fromstring(drawn)
         assert draw(results[name], ROWS) == drawn
         assert f"quality-{name}.svg" in page

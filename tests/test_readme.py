@@ -34,7 +34,11 @@ def test_commands_are_understood():
 
 def test_figures_stand_in_the_results_it_links_to():
     links = set(re.findall(r"\]\((benchmarks/results/\S+\.md)\)", README))
-    known = [float(number) for link in links for number in re.findall(r"\d+\.?\d*", (ROOT / link).read_text())]
+    known = [
+        float(number)
+        for link in links
+        for number in re.findall(r"\d+\.?\d*", (ROOT / link).read_text(encoding="utf-8"))
+    ]
     # But for decibels at a density, which are of docs/quality.md.
     figures = re.findall(r"(\d+(?:\.\d+)?) (?:ms|s|dB)\b(?! at density)", README)
     assert len(figures) > 14
@@ -42,7 +46,9 @@ def test_figures_stand_in_the_results_it_links_to():
         digits = len(figure.partition(".")[2])
         assert any(f"{number:.{digits}f}" == figure for number in known), f"{figure} has no source"
     # Of each row, the last number is the ratio of the two before.
-    for dense, sparse, ratio in re.findall(r"\| (\S+) ms \| (\S+) ms \| (\S+)x \|", README):
+    rows = re.findall(r"\| (\S+) ms \| (\S+) ms \| (\S+)x \|", README)
+    assert rows
+    for dense, sparse, ratio in rows:
         assert f"{float(dense) / float(sparse):.1f}" == ratio
 
 

@@ -66,7 +66,7 @@ def test_list_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
 def test_check_shows_the_lines_of_a_pipe(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_text, args=(form.replace("226", "x"),))
+    writer = threading.Thread(target=pipe.write_text, args=(form.replace("226", "x"),), daemon=True)
     writer.start()
     assert main(["check", str(pipe)]) == 1
     writer.join()

@@ -154,7 +154,7 @@ def test_new_leaves_a_link_to_nowhere_and_files_of_like_names(tmp_path: Path) ->
 def test_a_pipe_is_converted(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_text, args=(form,))
+    writer = threading.Thread(target=pipe.write_text, args=(form,), daemon=True)
     writer.start()
     assert main(["convert", str(pipe)]) == 0
     writer.join()
@@ -192,7 +192,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(values=st.dictionaries(NAMES, VALUES, min_size=1, max_size=4))
 def test_what_is_written_reads_back(values: dict[str, object]) -> None:
     node, problems = parse(write(values, {}), "x")

@@ -19,7 +19,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert [language for language, _ in blocks] == ["python", "yaml", "python", "yaml", "yaml", "console", "yaml"]
     Path("my_presets.yaml").write_text(blocks[1][1])
     Path("my_budget.yaml").write_text(blocks[3][1])

@@ -1,8 +1,8 @@
 """A process of a transformer under context parallelism, and the same in one process.
 
-Usage: python context_parallel.py DEVICE FOLDER, with MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE set. DEVICE is
-cpu or cuda. It writes FOLDER/RANK.pt: for each case what this process found, and in that of rank 0 also what one
-process finds, in float64 and float32.
+Usage: python context_parallel.py DEVICE FOLDER, with RANK and WORLD_SIZE set. DEVICE is cpu or cuda. The processes meet
+at a file in FOLDER, which must be new. It writes FOLDER/RANK.pt: for each case what this process found, and in that of
+rank 0 also what one process finds, in float64 and float32.
 """
 
 import gc
@@ -120,7 +120,14 @@ def main() -> None:
         torch.cuda.set_device(device)
     else:
         torch.accelerator.device_count = lambda: 1  # diffusers divides by it
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        # A file, as a port that was free may be taken before it is bound.
+        init_method=(folder.resolve() / "meeting").as_uri(),
+        timeout=timedelta(seconds=120),
+        rank=rank,
+        world_size=size,
+    )
     found = {case: [in_parallel(case, size, device).cpu()] for case in CASES}
     found["gradients"] = [gradients_in_parallel(size, device).cpu()]
     gc.collect()  # a model's meshes hold groups, whose threads abort the process when they outlive the interpreter

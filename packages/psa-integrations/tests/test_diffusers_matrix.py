@@ -423,5 +423,5 @@ def test_compiled_transformer(form: str, make_preset: MakePreset) -> None:
 
 
 def test_the_readme_has_the_table_of_these_tests() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert with_table(readme) == readme, "run packages/psa-integrations/tests/lib/write_support_table.py"

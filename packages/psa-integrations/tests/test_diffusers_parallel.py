@@ -1,7 +1,6 @@
 """Context parallelism by Ulysses over two processes is what one process computes."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +15,9 @@ from psa_kernels.testing import assert_within_error_budget
 SCRIPT = Path(__file__).with_name("context_parallel.py")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def assert_two_processes_are_one(device: str, folder: Path) -> None:
     size = 2
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    common = os.environ | {"WORLD_SIZE": str(size)}
     command = [sys.executable, str(SCRIPT), device, str(folder)]
     processes = [
         subprocess.Popen(command, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
@@ -37,6 +30,7 @@ def assert_two_processes_are_one(device: str, folder: Path) -> None:
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     first, second = (torch.load(folder / f"{rank}.pt") for rank in range(size))
     assert len(first) == 4
     for case, (found, exact, low) in first.items():

@@ -1,6 +1,8 @@
 """Training: a resumed run is the same run, and what it exports loads and samples."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,20 @@ def test_noise_levels_follow_the_scheduler() -> None:
     torch.testing.assert_close(train.shifted(times), scheduler.sigmas[:1000])
 
 
-def test_the_command_trains_resumes_exports_and_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("seconds", "checked"), [(math.inf, [2]), (-1.0, [1, 2, 2])], ids=["never due", "always due"])
+def test_checks_come_when_their_time_has_passed_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, checked: list[int]
+) -> None:
+    monkeypatch.setattr(train, "SMOKE", replace(SMOKE, check_seconds=seconds))
+    assert train.main(["--out", str(tmp_path), "--smoke", "--device", "cpu", "--max-steps", "2"]) == 0
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "val_high" in entry] == checked
+
+
+def test_the_command_trains_resumes_exports_and_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "SMOKE", replace(SMOKE, check_seconds=math.inf))  # whatever the machine's speed
     out = tmp_path / "run"
     arguments = ["--out", str(out), "--smoke", "--device", "cpu"]
     assert train.main([*arguments, "--max-steps", "4"]) == 0

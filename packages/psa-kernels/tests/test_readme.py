@@ -7,7 +7,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def test_code_blocks_run(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert blocks
     names = {}
     for block in blocks:

@@ -15,7 +15,7 @@ def main() -> None:
     assert spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     readme = TESTS.parent / "README.md"
-    readme.write_text(with_table(readme.read_text()))
+    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
