@@ -225,7 +225,7 @@ def backward_mode_alone(what: str, instead: str, *tensors: Tensor) -> None:
         instead: what can, to end the message with.
     """
     if any(_wants_other_derivative(t) for t in tensors):
-        raise NotImplementedError(
+        raise NotImplementedError(  # nothing is left to write: torch's own type where an operator lacks a derivative
             f"{what} has derivatives by backward() and torch.autograd.grad alone, none in forward mode or by "
             f"torch.func's transforms{instead}"
         )

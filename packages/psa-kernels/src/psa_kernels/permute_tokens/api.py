@@ -24,7 +24,7 @@ def permute_tokens(x: Tensor, order: Tensor, *, impl: str | None = None) -> Tens
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
-        NotImplementedError: a derivative is asked for in forward mode or by torch.func.
+        NotImplementedError: a derivative is asked for in forward mode or by torch.func; torch's type for that.
     """
     checks.sequence("x", x)
     if not isinstance(order, Tensor):

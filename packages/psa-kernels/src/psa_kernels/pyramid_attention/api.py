@@ -66,7 +66,7 @@ def pyramid_attention(
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above, before any work.
-        NotImplementedError: a derivative is asked for that the implementation has not.
+        NotImplementedError: a derivative is asked for that the implementation has not; torch's type for that.
     """
     checks.query_and_key(query, key)
     checks.sequence("value", value)
