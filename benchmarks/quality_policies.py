@@ -60,10 +60,15 @@ def hybrid(grid: VideoGrid, query: Tensor, key: Tensor, block_kv: int) -> tuple[
     return gilbert_order(grid).order.to(query.device), semantic_order(key, CLUSTERS, grid=grid).order
 
 
-def kd_tree(grid: VideoGrid, query: Tensor, key: Tensor, block_kv: int) -> tuple[Tensor, Tensor]:
-    """Both along the curve, and the keys of each block by a k-d tree."""
-    curve = gilbert_order(grid)
-    return curve.order.to(query.device), kd_tree_order(query, key, block_kv=block_kv, grid=grid, base=curve).order
+def kd_tree(along: Callable[[VideoGrid], TokenOrder]) -> Order:
+    """Both along an order that follows from the grid, and the keys of each block by a k-d tree."""
+
+    def order(grid: VideoGrid, query: Tensor, key: Tensor, block_kv: int) -> tuple[Tensor, Tensor]:
+        base = along(grid)
+        keys = kd_tree_order(query, key, block_kv=block_kv, grid=grid, base=base).order
+        return base.order.to(query.device), keys
+
+    return order
 
 
 ORDERS: dict[str, Order] = {
@@ -74,7 +79,8 @@ ORDERS: dict[str, Order] = {
     "cubes 1x8x8": fixed(lambda grid: cube_order(grid, (1, 8, 8))),
     "semantic": semantic,
     "hybrid": hybrid,
-    "k-d tree": kd_tree,
+    "k-d tree": kd_tree(gilbert_order),
+    "k-d tree in cubes 4x4x4": kd_tree(lambda grid: cube_order(grid, (4, 4, 4))),
 }
 
 
@@ -152,7 +158,7 @@ ROWS: tuple[Row, ...] = (
     Row(BY_THRESHOLD, threshold(), FRONTIER, sweep=scaled(THRESHOLDS, 0.4, 0.7, 1.2), videos=True),
     Row("level 1 + tail", quota((0.14,), skip="mean"), FRONTIER, sweep=scaled((0.14,), 0.3, 0.6, 2, 3), videos=True),
     Row(WITH_TAIL, tailed(), FRONTIER, sweep=scaled(TAILED, 0.3, 0.6, 2, 3), videos=True, limits=True),
-    Row("k-d tree", tailed(TREED), FRONTIER, "k-d tree", sweep=scaled(TREED, 0.3, 0.6, 2), videos=True),
+    Row("k-d tree", tailed(TREED), FRONTIER, "k-d tree", sweep=scaled(TREED, 0.3, 0.6, 2), videos=True, limits=True),
     Row("thresholds + tail", threshold(skip="mean"), FRONTIER, sweep=scaled(THRESHOLDS, 0.4, 0.7, 1.2), videos=True),
     Row("budget", budget(reduction="mean"), FRONTIER, sweep=DENSITIES, videos=True),
     Row("budget + tail", budget(reduction="error", skip="mean"), FRONTIER, sweep=DENSITIES, videos=True),

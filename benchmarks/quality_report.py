@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from quality_metrics import FEWEST, geometric_interval, interval
-from quality_policies import Row
+from quality_policies import QUOTAS, Row
 from quality_store import Found, lists_of
 
 Interval = tuple[float, float, float]
@@ -149,22 +149,21 @@ def video_tables(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def limits_table(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """PSNR of each policy in each of the circumstances, and what the last of them gains over the one before."""
+    """PSNR of each policy in each of the circumstances, and what the last of them gains over the paper's quotas."""
     found: list[Found] = part["found"]
     shown = [row.name for row in rows if any(one["row"] == row.name for one in found)]
     lines = []
     for name in dict.fromkeys(one["circumstances"] for one in found):
         here = {one["row"]: one for one in found if one["circumstances"] == name}
         cells = [with_ends(here[row]["psnr"], interval, ".2f") if row in here else "-" for row in shown]
-        last, before = (here.get(row) for row in (shown[-1], shown[-2])) if len(shown) > 1 else (None, None)
+        last, before = here.get(shown[-1]), here.get(QUOTAS)
         gains = [a - b for a, b in zip(last["psnr"], before["psnr"], strict=True)] if last and before else []
         one = next(iter(here.values()))
         density = f"{here[shown[-1]]['density']:.3f}" if shown[-1] in here else "-"
         lines.append(
             (name, f"{one['noise']:.3f}", density, *cells, with_ends(gains, interval, "+.2f") if gains else "-")
         )
-    gain = " - ".join(shown[:-3:-1])
-    heads = ["circumstances", "noise at the first sparse step", "density", *shown, gain]
+    heads = ["circumstances", "noise at the first sparse step", "density", *shown, f"{shown[-1]} - {QUOTAS}"]
     return table(heads, lines)
 
 

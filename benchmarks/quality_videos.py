@@ -82,7 +82,13 @@ class Circumstances:
         """The row under these circumstances, at its first point alone."""
         samples = self.block // 4 if self.samples is None else self.samples
         own = {"block_q": self.block, "block_kv": self.block, "samples_q": samples, "samples_kv": samples}
-        return replace(row, order=self.order, sweep=(), settings={**row.settings, **own})
+        return replace(row, order=self.order_of(row), sweep=(), settings={**row.settings, **own})
+
+    def order_of(self, row: Row) -> str:
+        """The order of the tokens; a row that sorts keys by a k-d tree does so within these blocks."""
+        if row.order == "Gilbert" or self.order == "Gilbert":
+            return row.order if self.order == "Gilbert" else self.order
+        return f"{row.order} in {self.order}"
 
 
 CIRCUMSTANCES = (

@@ -505,6 +505,16 @@ def test_fields_gain_rows_in_each_setting():
         quality_store.merged(part, {**part, "settings": part["settings"][:1]})
 
 
+def test_circumstances_keep_the_tree_inside_blocks_and_give_the_others_their_order():
+    there = Circumstances("cubes", order="cubes 4x4x4")
+    orders = {row.name: there.changed(row).order for row in ROWS if row.limits}
+    assert orders.pop("k-d tree") == "k-d tree in cubes 4x4x4"
+    assert set(orders.values()) == {"cubes 4x4x4"}
+    assert all(there.changed(row).order in ORDERS for there in quality.CIRCUMSTANCES for row in ROWS if row.limits)
+    tree = next(row for row in ROWS if row.name == "k-d tree")
+    assert Circumstances("as above").changed(tree).order == "k-d tree"
+
+
 def test_a_run_from_command_to_page(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "FIELDS", quality.FIELDS[:2])
     two = Circumstances("few", steps=2, warmup=1), Circumstances("calm", steps=2, warmup=1, shift=3.0, guidance=1.0)
