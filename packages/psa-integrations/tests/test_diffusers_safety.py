@@ -14,6 +14,7 @@ from diffusers import ContextParallelConfig, FirstBlockCacheConfig, WanTransform
 from diffusers.hooks import apply_first_block_cache
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from psa_config import Preset
@@ -528,6 +529,20 @@ def test_grids_are_read_from_the_input(build_transformer: Build, patch_size_t: i
     assert CogVideoXAdapter().grid(cogvideox, call) == VideoGrid(
         frames=4 // (patch_size_t or 1), height=7, width=9, text=11, text_first=True
     )
+
+
+def test_what_a_wrapper_holds_is_named_and_served(build: Build, run: Run, sparse: Preset) -> None:
+    pipeline = build("wan21")
+    with apply_pyramid_sparse_attention(pipeline.transformer, sparse):
+        expected = run(pipeline)
+    wrapped = get_peft_model(pipeline.transformer, LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(TypeError, match=r"PeftModel, which holds a WanTransformer3DModel: .* `\.base_model\.model`"):
+        apply_pyramid_sparse_attention(wrapped, sparse)
+    with pytest.raises(TypeError, match=r"Sequential, which holds a WanTransformer3DModel: .* `\.1`"):
+        apply_pyramid_sparse_attention(nn.Sequential(nn.Identity(), pipeline.transformer), sparse)
+    # A fresh LoRA adds nothing.
+    with apply_pyramid_sparse_attention(wrapped.base_model.model, sparse):
+        assert_same_but_for_rounding(run(pipeline), expected)
 
 
 def test_wrong_arguments(build: Build, sparse: Preset, make_preset: MakePreset) -> None:

@@ -189,14 +189,22 @@ def _transformers(given: object) -> tuple[object | None, dict[str, nn.Module]]:
     return given, found
 
 
+def _served_class(module: nn.Module) -> str | None:
+    """The class of `ADAPTERS` that a module is of, None where it is of none."""
+    names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("diffusers.")}
+    return next((name for name in ADAPTERS if name in names), None)
+
+
 def _adapter(transformer: nn.Module) -> Adapter:
-    names = {cls.__name__ for cls in type(transformer).__mro__ if cls.__module__.startswith("diffusers.")}
-    for name, load in ADAPTERS.items():
-        if name in names:
-            return load()
+    name = _served_class(transformer)
+    if name is not None:
+        return ADAPTERS[name]()
     if type(transformer).__name__ == "OptimizedModule":
         raise RuntimeError("the transformer is compiled: apply pyramid sparse attention first, then compile")
-    raise TypeError(f"the transformer must be one of {', '.join(ADAPTERS)}, got {type(transformer).__name__}")
+    # As peft.PeftModel and DistributedDataParallel hold one.
+    held = ((path, _served_class(module)) for path, module in transformer.named_modules())
+    hint = next((f", which holds a {name}: give that, its `.{path}`" for path, name in held if name), "")
+    raise TypeError(f"the transformer must be one of {', '.join(ADAPTERS)}, got {type(transformer).__name__}{hint}")
 
 
 # Each imports its adapter itself: diffusers takes seconds to import, and every model more.
