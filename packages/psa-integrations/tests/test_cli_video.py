@@ -32,6 +32,22 @@ def test_an_existing_video_is_replaced(tmp_path: Path) -> None:
     assert len(iio.imread(tmp_path / "a.mp4")) == 5
 
 
+def test_a_link_stays_and_leads_to_the_video(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    target, link = tmp_path / "videos" / "fox.mp4", tmp_path / "newest.mp4"
+    link.symlink_to(target)
+    for _ in range(2):  # a new file, then one in place of another
+        check_output(link)
+        write_video(moving_square(), link, fps=5)
+        assert link.is_symlink()
+        assert len(iio.imread(target)) == 5
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["fox.mp4", "newest.mp4", "videos"]
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere" / "fox.mp4")
+    with pytest.raises(FileNotFoundError, match=r"--out must lie in a folder that exists, got .*nowhere"):
+        check_output(link)
+
+
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     check_output(tmp_path / "a.mp4")
     assert not list(tmp_path.iterdir())

@@ -21,9 +21,14 @@ def check_output(path: Path) -> None:
     """Raises ValueError or OSError, before any work, if no video can be written to `path`."""
     if path.suffix != ".mp4":
         raise ValueError(f"--out must end in .mp4, got {path}")
-    check_folder_of(path, "--out")
+    check_folder_of(_target(path), "--out")
     if path.is_dir():
         raise IsADirectoryError(f"--out must be a file, and {path} is a folder")
+
+
+def _target(path: Path) -> Path:
+    """Where a file is written: to what a link leads to, and the link stays."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def write_video(video: np.ndarray, path: Path, fps: int) -> None:
@@ -34,17 +39,18 @@ def write_video(video: np.ndarray, path: Path, fps: int) -> None:
     """
     from diffusers.utils import export_to_video
 
-    with folder_beside(path) as folder:
+    target = _target(path)
+    with folder_beside(target) as folder:
         partial = folder / path.name
         try:
             # A macro block of 2 is the least that the encoder's colour format allows; more would rescale.
             export_to_video(list(video), str(partial), fps=fps, quality=9.0, macro_block_size=2)
             _check_complete(partial, len(video))
-            partial.replace(path)
+            partial.replace(target)
         except OSError as error:
             # Below its first line an error of the encoder has all that the encoder said.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            free = shutil.disk_usage(path.parent).free
+            free = shutil.disk_usage(target.parent).free
             raise OSError(f"{path} was not written: {reason}; its disk has {free:,} bytes free") from error
     _log.info("wrote %s", path)
 
