@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from psa_integrations.tiny_wan.pipeline import TinyWanPipeline
 
 SIZE = ["--frames", "4", "--width", "32", "--height", "16", "--steps", "1", "--preset", "baseline", "--quiet"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+HandledBy = Callable[[signal.Signals, Any], None]
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,19 @@ def test_an_interrupt_while_writing_leaves_nothing(
     assert not list(out.parent.iterdir())
 
 
+@pytest.fixture
+def handled_by() -> Iterator[HandledBy]:
+    """Sets the handler of a signal until the test ends; what started the tests may have it ignored, as nohup does."""
+    inherited: dict[signal.Signals, Any] = {}
+
+    def handled_by(number: signal.Signals, handler: Any) -> None:
+        inherited[number] = signal.signal(number, handler)
+
+    yield handled_by
+    for number, handler in inherited.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("number", "status", "message"),
     [
@@ -205,11 +219,13 @@ def test_a_signal_in_the_middle_of_a_run(
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    handled_by: HandledBy,
     number: signal.Signals,
     status: int,
     message: str,
 ) -> None:
-    before = signal.getsignal(number)
+    usual = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
+    handled_by(number, usual)
     steps: list[int] = []
     update = tqdm.update
 
@@ -221,10 +237,26 @@ def test_a_signal_in_the_middle_of_a_run(
 
     monkeypatch.setattr(tqdm, "update", pressed)
     assert generate(weights, out, "--steps", "50") == status
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is usual
     assert len(steps) == 3
     assert capsys.readouterr().err.endswith(message)
     assert not list(out.parent.iterdir())
+
+
+def test_a_signal_that_is_ignored_stays_so(
+    weights: Path, out: Path, monkeypatch: pytest.MonkeyPatch, handled_by: HandledBy
+) -> None:
+    handled_by(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    update = tqdm.update
+
+    def hung_up(bar: Any, n: float = 1) -> Any:
+        signal.raise_signal(signal.SIGHUP)
+        return update(bar, n)
+
+    monkeypatch.setattr(tqdm, "update", hung_up)
+    assert generate(weights, out) == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert out.is_file()
 
 
 def test_an_output_that_is_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
