@@ -91,8 +91,10 @@ def test_text_is_read_by_all_and_reads_all(
     build: Build, run: Run, sparse: Preset, level_maps: list[torch.Tensor]
 ) -> None:
     pipeline = build("cogvideox_5b")
-    with apply_pyramid_sparse_attention(pipeline, sparse):
+    with apply_pyramid_sparse_attention(pipeline, sparse) as handle:
         run(pipeline)
+        calls = sum(entry.calls - entry.dense_calls for entry in handle.stats().layers)
+    assert len(level_maps) == calls > 0
     for levels in level_maps:
         assert (levels[:, :, 0, :] == 1).all()
         assert (levels[:, :, :, 0] == 1).all()

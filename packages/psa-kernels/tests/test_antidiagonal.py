@@ -1,6 +1,7 @@
 """``block_importance(..., method="antidiagonal")`` against the oracle, and the oracle against the definition."""
 
 import math
+from itertools import cycle
 
 import pytest
 import torch
@@ -273,7 +274,7 @@ def assert_triton_is_the_oracle(backend, dtype, case, **options):
 @pytest.mark.parametrize("reduction", ["max", "mean"])
 def test_triton_equals_oracle(triton_backend, name, reduction):
     sizes = ((32, 32, 4), (64, 16, 16), (16, 32, 1))
-    for dtype, (block_q, block_kv, stride) in zip(triton_backend.dtypes, sizes, strict=False):
+    for dtype, (block_q, block_kv, stride) in zip(cycle(triton_backend.dtypes), sizes, strict=False):
         blocks = {"block_q": block_q, "samples_q": block_q // stride, "block_kv": block_kv}
         blocks |= {"samples_kv": block_kv // stride, "reduction": reduction}
         assert_triton_is_the_oracle(triton_backend, dtype, CASES[name], **blocks)
