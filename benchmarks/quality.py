@@ -249,8 +249,10 @@ def run(options: argparse.Namespace) -> dict[str, Part]:
                 continue
             rows = rows_of(part, chosen(options.policies, options.rows))
             known = measured(before.get(part)) if options.only_new else frozenset()
-            places = [there.name for there in CIRCUMSTANCES] if part == "limits" else [""]
-            if not any(unmeasured(rows, known, place) for place in places):
+            places: dict[str, list[Row]] = {"": rows}
+            if part == "limits":
+                places = {there.name: [there.changed(row) for row in rows] for there in CIRCUMSTANCES}
+            if not any(unmeasured(changed, known, place) for place, changed in places.items()):
                 print(f"{part}: the file has every point of these rows", file=sys.stderr)
                 continue
             found = measure[part](options, rows, known, clock)
