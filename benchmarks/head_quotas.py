@@ -1,9 +1,10 @@
 """An experiment: quotas of each head's own, tuned on one prompt.
 
 Heads differ in how much error a density leaves them with. On the first prompt the error of every head is measured at
-several scales of `quotas + tail`; then each layer's density is shared out among its heads so that the squared errors
-of the layer add up to the least, and the shares are kept for the other prompts. Beside it stand shares tuned on each
-prompt itself, which no preset could know, and budget mode, whose heads may share what a layer spends.
+several scales of `quotas + tail`; then each layer's density is shared out among its heads, at each step alone, so that
+the squared errors of the layer add up to the least, and the shares are kept for the other prompts. Beside it stand
+shares tuned on each prompt itself, which no preset could know, and budget mode, whose heads may share what a layer
+spends.
 
     python benchmarks/head_quotas.py --prompts 4
 

@@ -21,7 +21,7 @@ LAYERS = 30
 ORDERED = {"semantic": f"Semantic, K {CLUSTERS}, iterations: 1", "hybrid": f"Hybrid, K {CLUSTERS}, iterations: 1"}
 CURVE = "Gilbert, tokens, rotary tables and output (once a forward)"
 OF_DENSITY = ("quotas .10/.05/0/.20, rest as means", "level 1 for 4%, rest as means")
-"""Two rows of attention that differ in density alone, whose times give what density costs."""
+"""Two rows of attention that read the rest as means and refine more or less, whose times give what density costs."""
 
 
 def cells(page: str, name: str) -> list[str]:

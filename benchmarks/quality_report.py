@@ -149,7 +149,10 @@ def video_tables(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def limits_table(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """PSNR of each policy in each of the circumstances, and what the last of them gains over the paper's quotas."""
+    """PSNR of each policy in each of the circumstances, and what the last of them gains over the paper's quotas.
+
+    Densities stand beside each other: with blocks of another size the same shares are other numbers of blocks.
+    """
     found: list[Found] = part["found"]
     shown = [row.name for row in rows if any(one["row"] == row.name for one in found)]
     lines = []
@@ -159,11 +162,17 @@ def limits_table(part: Mapping[str, Any], rows: Sequence[Row]) -> str:
         last, before = here.get(shown[-1]), here.get(QUOTAS)
         gains = [a - b for a, b in zip(last["psnr"], before["psnr"], strict=True)] if last and before else []
         one = next(iter(here.values()))
-        density = f"{here[shown[-1]]['density']:.3f}" if shown[-1] in here else "-"
+        densities = [f"{here[row]['density']:.3f}" if row in here else "-" for row in shown]
         lines.append(
-            (name, f"{one['noise']:.3f}", density, *cells, with_ends(gains, interval, "+.2f") if gains else "-")
+            (
+                name,
+                f"{one['noise']:.3f}",
+                " / ".join(densities),
+                *cells,
+                with_ends(gains, interval, "+.2f") if gains else "-",
+            )
         )
-    heads = ["circumstances", "noise at the first sparse step", "density", *shown, f"{shown[-1]} - {QUOTAS}"]
+    heads = ["circumstances", "noise at the first sparse step", "density of each", *shown, f"{shown[-1]} - {QUOTAS}"]
     return table(heads, lines)
 
 

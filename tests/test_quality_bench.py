@@ -1,6 +1,7 @@
 """The quality bench: its metrics on known answers, its fields, its hold on the tiny model, and its report."""
 
 import math
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,8 +19,8 @@ from quality_capture import Inputs, Site, Size, capture, sample
 from quality_fields import Field, blur, make_inputs, smooth_field
 from quality_metrics import Case, block_mass, geometric_mean, interval, membership, psnr, spread, ssim
 from quality_oracle import Coarsening, contributions, levels_by_block_error, levels_by_true_error
-from quality_policies import ORDERS, ROWS, Row, attend, chosen, decide, points
-from quality_report import fill, parts_of_page
+from quality_policies import FRONTIER, ORDERS, ROWS, Row, attend, chosen, decide, points
+from quality_report import fill, limits_table, parts_of_page
 from quality_videos import Circumstances, PolicyAttention, Run, make_pairs
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -515,7 +516,7 @@ def test_circumstances_keep_the_tree_inside_blocks_and_give_the_others_their_ord
     assert Circumstances("as above").changed(tree).order == "k-d tree"
 
 
-def test_a_run_from_command_to_page(tmp_path, monkeypatch):
+def test_a_run_from_command_to_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "FIELDS", quality.FIELDS[:2])
     two = Circumstances("few", steps=2, warmup=1), Circumstances("calm", steps=2, warmup=1, shift=3.0, guidance=1.0)
     monkeypatch.setattr(quality, "CIRCUMSTANCES", two)
@@ -545,8 +546,11 @@ def test_a_run_from_command_to_page(tmp_path, monkeypatch):
     expected = {name: shifted(shifted(0.001, shift), shift) for name, shift in (("few", 6.0), ("calm", 3.0))}
     assert noise == pytest.approx(expected, rel=1e-4)
     before = path.read_text()
+    capsys.readouterr()
     measure(*only, "--only-new", "--commit", "ghi")
     assert path.read_text() == before
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{part}: the file has every point of these rows" for part in quality.PARTS]
     names = ("spread", *quality.PARTS)
     page = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in names)
     filled = fill(page, parts_of_page(results, ROWS))
@@ -578,8 +582,72 @@ def test_a_page_without_markers_is_refused():
         fill("no markers", {"spread": "text"})
 
 
-def test_the_page_and_plots_are_those_of_the_committed_numbers():
-    results = plot_quality.merged(sorted((ROOT / "benchmarks/results").glob("quality_*.json")))
+@pytest.fixture(scope="module")
+def committed():
+    return plot_quality.merged(sorted((ROOT / "benchmarks/results").glob("quality_*.json")))
+
+
+@pytest.fixture(scope="module")
+def prose():
+    """What the page says of its tables, in one line."""
+    page = (ROOT / "docs/quality.md").read_text(encoding="utf-8")
+    return " ".join(page[page.index("## What wins") : page.index("## How concentrated")].split())
+
+
+def test_limits_give_the_density_of_each_policy():
+    def one(row, density, psnr):
+        return {"circumstances": "x", "noise": 0.5, "row": row, "point": 0, "density": density, "psnr": [psnr]}
+
+    found = [one("the paper's quotas", 0.168, 20.0), one("k-d tree", 0.159, 25.0)]
+    *_, line = limits_table({"found": found}, ROWS).splitlines()
+    assert line == "| x | 0.500 | 0.168 / 0.159 | 20.00 | 25.00 | +5.00 |"
+
+
+def test_the_page_says_of_orders_by_cluster_what_its_table_does(committed, prose):
+    lines = plot_quality.texts_of(committed)["equal-time"].splitlines()[2:]
+    pairs = [tuple(map(float, pair)) for line in lines for pair in re.findall(r"([\d.]+) / ([\d.]+)", line)]
+    assert len(pairs) == 4 * 9
+    assert all(cluster > curve for cluster, curve in pairs)
+    assert "behind the curve on the tiny model and in every field" in prose
+    closest = min(pairs, key=lambda pair: pair[0] / pair[1])
+    assert f"({closest[0]:.3f} against {closest[1]:.3f})" in prose
+
+
+@pytest.mark.parametrize(("part", "value", "sign"), [("attention", "errors", -1), ("videos", "psnr", 1)])
+def test_the_page_says_of_the_best_policies_what_its_tables_do(part, value, sign, committed, prose):
+    policies = {row.name for row in ROWS if row.section == FRONTIER} - {"everything at level 1"}
+    points = {}
+    for one in committed[part]["found"]:
+        if one["row"] in policies:
+            # Of errors the geometric mean, as in the table; more is better.
+            mean = interval([math.log(x) for x in one[value]] if value == "errors" else one[value])[0]
+            points[one["row"], one["density"]] = sign * mean
+    tree = {density: mean for (row, density), mean in points.items() if row == "k-d tree"}
+    others = {at: mean for at, mean in points.items() if at[0] != "k-d tree"}
+    assert "ahead of every other policy at every density" in prose
+    for most, mean in tree.items():
+        assert mean > max(other for (_, spent), other in others.items() if spent <= most)
+    assert "`budget + tail` is the best policy but for the tree" in prose
+    for at in (0.3, 0.45):
+        rivals = [mean for (row, spent), mean in others.items() if row != "budget + tail" and spent < at + 0.02]
+        mine = [mean for (row, spent), mean in others.items() if row == "budget + tail" and round(spent, 2) == at]
+        assert mine > [max(rivals)]
+
+
+def test_the_page_says_of_other_circumstances_what_its_table_does(committed, prose):
+    found = {(one["circumstances"], one["row"]): one["psnr"] for one in committed["limits"]["found"]}
+    gains = {
+        there: interval([a - b for a, b in zip(psnr, found[there, "the paper's quotas"], strict=True)])[0]
+        for (there, row), psnr in found.items()
+        if row == "k-d tree"
+    }
+    assert f"the tree stays {min(gains.values()):.1f} to {max(gains.values()):.1f} dB ahead" in prose
+    assert max(gains, key=gains.get) == "cubes 4x4x4"
+    assert sorted(gains, key=gains.get)[:2] == ["blocks of 32", "no guidance"]
+
+
+def test_the_page_and_plots_are_those_of_the_committed_numbers(committed):
+    results = committed
     page = (ROOT / "docs/quality.md").read_text(encoding="utf-8")
     assert fill(page, plot_quality.texts_of(results)) == page
     for name, draw in plot_quality.DRAW.items():
