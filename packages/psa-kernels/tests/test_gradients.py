@@ -402,8 +402,8 @@ DERIVATIVES = {
 def test_other_derivatives_are_refused(name, derivative):
     """Not given as 0, as torch does in forward mode for an operator that has none."""
     query, _, _ = make_qkv(q_len=64, head_dim=16)
-    # ValueError where the operator has no derivative at all, as for a tensor that requires grad.
-    refusal = ValueError if name == "pool_pyramid" else NotImplementedError
+    # One with no derivative at all refuses it as it refuses a tensor that requires grad.
+    refusal = ValueError if name == "pool_pyramid" else NotImplementedError  # torch's own type for a lacking one
     with pytest.raises(refusal, match=f"^{name} has"):
         DERIVATIVES[derivative](OPERATORS[name], query)
 

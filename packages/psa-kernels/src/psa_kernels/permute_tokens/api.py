@@ -24,7 +24,8 @@ def permute_tokens(x: Tensor, order: Tensor, *, impl: str | None = None) -> Tens
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
-        NotImplementedError: a derivative is asked for in forward mode or by torch.func; torch's type for that.
+        NotImplementedError: as torch raises for a derivative that an operator lacks: here those in forward mode and
+            of torch.func.
     """
     checks.sequence("x", x)
     if not isinstance(order, Tensor):

@@ -66,7 +66,8 @@ def pyramid_attention(
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above, before any work.
-        NotImplementedError: a derivative is asked for that the implementation has not; torch's type for that.
+        NotImplementedError: as torch raises for a derivative that an operator lacks: here those that the
+            implementation has not.
     """
     checks.query_and_key(query, key)
     checks.sequence("value", value)

@@ -75,7 +75,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 def _refuse(ctx: Any, *gradients: Tensor | None) -> None:
-    raise NotImplementedError(
+    raise NotImplementedError(  # torch's own type where an operator lacks a derivative
         "pyramid_attention has first derivatives only: its backward pass cannot be differentiated; impl='reference' can"
     )
 
